@@ -8,7 +8,7 @@ from tests.house.tree import REPOSITORY, repository_files
 
 MAX_BYTES = 1_000_000
 EXAMPLE_ADAPTER_MAX_BYTES = 2_000_000
-# A path such as /home/somebody/: written in pieces, so that this file does not match itself.
+# A path such as the home folder of somebody: written in pieces, so that this file does not match itself.
 MACHINE_PATH = re.compile(rb"(?<![\w.}~*-])/(?:" + b"|".join([b"root", b"work", b"home/[a-z]\\w*"]) + rb")/")
 BINARY = {".safetensors", ".npz", ".gguf", ".bin", ".png"}
 
