@@ -1,0 +1,138 @@
+"""File-level toolkit for parameter-efficient adapters: inspect, validate, hash and merge them exactly.
+
+    import adapterhub_tools as at
+
+    at.inspect("adapter/")
+    at.merge("base/", "adapter/", "out/")
+
+Names are loaded when they are first used, so importing the package loads no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapterhub_tools.api import (
+        adapter_digest,
+        content_digest,
+        init,
+        inspect,
+        load_manifest,
+        merge,
+        validate,
+    )
+    from adapterhub_tools.errors import (
+        AdapterError,
+        FormatError,
+        HubError,
+        IntegrityError,
+        LossyError,
+        MismatchError,
+        Problem,
+        StoreError,
+        UnsupportedError,
+        UnsupportedVersionError,
+    )
+    from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
+    from adapterhub_tools.model.base import BaseRef
+    from adapterhub_tools.model.manifest import FileRecord, HistoryEntry, HistoryInput, Manifest
+    from adapterhub_tools.model.protocols import Progress, SilentProgress
+    from adapterhub_tools.model.tensor import TensorSpec
+    from adapterhub_tools.ops.hash import ContentDigest
+    from adapterhub_tools.ops.init import InitReport
+    from adapterhub_tools.ops.inspect import AdapterReport, BaseReport
+    from adapterhub_tools.ops.merge import MergeReport
+    from adapterhub_tools.ops.validate import ValidationReport
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": (
+        "adapter_digest",
+        "content_digest",
+        "init",
+        "inspect",
+        "load_manifest",
+        "merge",
+        "validate",
+    ),
+    "errors": (
+        "AdapterError",
+        "FormatError",
+        "HubError",
+        "IntegrityError",
+        "LossyError",
+        "MismatchError",
+        "Problem",
+        "StoreError",
+        "UnsupportedError",
+        "UnsupportedVersionError",
+    ),
+    "model.adapter": ("Adapter", "FullTensor", "TargetModule"),
+    "model.base": ("BaseRef",),
+    "model.manifest": ("FileRecord", "HistoryEntry", "HistoryInput", "Manifest"),
+    "model.protocols": ("Progress", "SilentProgress"),
+    "model.tensor": ("TensorSpec",),
+    "ops.hash": ("ContentDigest",),
+    "ops.init": ("InitReport",),
+    "ops.inspect": ("AdapterReport", "BaseReport"),
+    "ops.merge": ("MergeReport",),
+    "ops.validate": ("ValidationReport",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AdapterReport",
+    "BaseRef",
+    "BaseReport",
+    "ContentDigest",
+    "FileRecord",
+    "FormatError",
+    "FullTensor",
+    "HistoryEntry",
+    "HistoryInput",
+    "HubError",
+    "InitReport",
+    "IntegrityError",
+    "LossyError",
+    "Manifest",
+    "MergeReport",
+    "MismatchError",
+    "Problem",
+    "Progress",
+    "SilentProgress",
+    "StoreError",
+    "TargetModule",
+    "TensorSpec",
+    "UnsupportedError",
+    "UnsupportedVersionError",
+    "ValidationReport",
+    "__version__",
+    "adapter_digest",
+    "content_digest",
+    "init",
+    "inspect",
+    "load_manifest",
+    "merge",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name from the module that defines it (PEP 562)."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Returns the public names."""
+    return sorted(__all__)
