@@ -59,6 +59,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/merge.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/startup.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-output
