@@ -1,0 +1,1 @@
+"""Bytes: strict readers, content digests, and folders that appear whole or not at all."""
