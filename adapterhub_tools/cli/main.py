@@ -1,0 +1,55 @@
+"""The program ``adaptertool``: a group that knows its commands by name and loads one only when it runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+import click
+
+from adapterhub_tools import __version__
+
+COMMANDS = {
+    "inspect": "Say what an adapter or a base is.",
+    "validate": "Check an adapter's files, and how it fits a base.",
+    "init": "Write the manifest of an adapter.",
+    "hash": "Print the content digest of a base.",
+    "merge": "Merge adapters into a base, exactly.",
+}
+"""Every command and its one-line help; the module has the same name, with underscores for hyphens."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules of this package, imported only when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Returns the commands in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Loads one command; a name outside the table is never imported."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"adapterhub_tools.cli.{cmd_name.replace('-', '_')}")
+        return cast("click.Command", module.command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Writes the list from the table, so that the help imports no command."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="adaptertool")
+def cli() -> None:
+    """Inspect, validate, hash and merge parameter-efficient adapters, on the files alone.
+
+    Exit codes: 0 done or passed; 1 checked and found problems; 2 wrong usage; 3 a file is not what it claims to
+    be; 4 not supported; 5 the adapter does not fit the base; 6 not exactly possible; 7 a digest differs; 8 could
+    not read or write; 10 could not check.
+    """
+
+
+def main() -> None:
+    """Runs the program and exits."""
+    cli.main(prog_name="adaptertool")
