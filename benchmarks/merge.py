@@ -186,7 +186,8 @@ def run(options: argparse.Namespace, workdir: Path) -> None:
     found = goals(options.shape, summaries)
     if found:
         print(goal_table(found))
-    results = RESULTS / f"merge-{options.shape}-{options.factors}-{options.cache}.json"
+    peft = "-peft" if PEFT in names else ""
+    results = RESULTS / f"merge-{options.shape}-{options.factors}-{options.cache}{peft}.json"
     facts = {
         **interleave.machine_facts(workdir),
         "page_cache": options.cache,
