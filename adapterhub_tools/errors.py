@@ -24,6 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXIT_OK = 0
 EXIT_PROBLEMS = 1
@@ -99,7 +103,7 @@ class AdapterError(Exception):
         super().__init__("\n".join(str(problem) for problem in problems))
 
     @classmethod
-    def of(cls, kind: str, message: str, *, file: str = "", loc: str = "", remedy: str = "") -> AdapterError:
+    def of(cls, kind: str, message: str, *, file: str = "", loc: str = "", remedy: str = "") -> Self:
         """Makes an error of this class with a single problem."""
         return cls(Problem(kind=kind, message=message, file=file, loc=loc, remedy=remedy))
 

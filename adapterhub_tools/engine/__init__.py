@@ -1,0 +1,1 @@
+"""Runs a plan: reads by store, computes by methods, writes by store."""

@@ -1,0 +1,1 @@
+"""One file per PEFT method; the file name is the method name."""

@@ -1,0 +1,127 @@
+"""LoRA: W' = W + s·B·A, with s = alpha / rank, or alpha / √rank for rsLoRA.
+
+Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 and §4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. Convolutions
+and embeddings as in PEFT (peft/tuners/lora/layer.py, ``_ConvNd.get_delta_weight``, ``Embedding.get_delta_weight``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterhub_tools.errors import Problem
+from adapterhub_tools.linalg.surd import Surd, scaling_of
+from adapterhub_tools.model.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterhub_tools.linalg.low_rank import LowRankTerm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRA:
+    """The hyperparameters of one LoRA module.
+
+    Attributes:
+        rank: r, positive.
+        alpha: lora alpha, as the config's JSON number.
+        scaling: ``"alpha/rank"`` or ``"alpha/sqrt(rank)"``.
+        multiplier: the caller's factor on the delta.
+    """
+
+    guarantee: ClassVar[str] = "exact"
+    rank: int
+    alpha: float
+    scaling: str = "alpha/rank"
+    multiplier: float = 1.0
+
+    @classmethod
+    def from_hparams(cls, hparams: Mapping[str, Any]) -> LoRA:
+        """Reads the hyperparameters of a target module; others in the mapping do not enter the maths."""
+        return cls(
+            rank=hparams["rank"],
+            alpha=hparams["alpha"],
+            scaling=hparams.get("scaling", "alpha/rank"),
+            multiplier=hparams.get("multiplier", 1.0),
+        )
+
+    @property
+    def scale(self) -> Surd:
+        """s times the multiplier, exactly."""
+        return scaling_of(self.alpha, self.rank, self.scaling, self.multiplier)
+
+    def check(self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str) -> tuple[Problem, ...]:
+        """Compares the factors' shapes with the base weight's.
+
+        Args:
+            factors: ``"A"`` (rank, in, …) and ``"B"`` (out, rank, …).
+            kind: the module's kind, see model/adapter.py.
+            base: the base weight as stored.
+            module: the module's path, for the message.
+        """
+        a, b = factors["A"], factors["B"]
+        expected = product_shape(a.shape, b.shape, kind)
+        if expected == base.shape:
+            return ()
+        found = "×".join(map(str, base.shape))
+        wanted = "×".join(map(str, expected))
+        remedy = "Use the base that the adapter was trained on."
+        if kind in ("conv2d", "convnd") and len(base.shape) == len(expected) and base.shape[1] != expected[1]:
+            remedy = "A convolution with groups cannot take a merged LoRA; PEFT does not merge it either."
+        return (
+            Problem(
+                kind="shape",
+                loc=module,
+                message=f"the factors give a {wanted} weight, but {base.name} of the base is {found}.",
+                remedy=remedy,
+            ),
+        )
+
+    def prepare(self, factors: Mapping[str, Tensor], *, kind: str, row: int = 0, column: int = 0) -> LowRankTerm:
+        """Returns the delta s·B·A of a weight, or s·b of a bias, as a product in the stored layout.
+
+        Shapes: A (rank, in, …) and B (out, rank, …) give (out, in·…); for ``conv1d`` and ``embedding``, which are
+        stored transposed, (in, out). A factor ``"bias"`` (out,) alone gives (out, 1).
+        Dtype:  any float in; float64 factors out.
+        Memory: 8 bytes per value of the factors.
+        """
+        from adapterhub_tools.linalg.low_rank import LowRankTerm
+
+        exact = all(tensor.element_size() <= 4 for tensor in factors.values())
+        if "bias" in factors and "B" not in factors:
+            left = factors["bias"].double().reshape(-1, 1)
+            right = left.new_ones(1, 1)
+        else:
+            a = factors["A"].double().flatten(1)
+            b = factors["B"].double().flatten(1)
+            left, right = (a.t(), b.t()) if kind in TRANSPOSED else (b, a)
+        return LowRankTerm(
+            left=left.contiguous(),
+            right=right.contiguous(),
+            scale=self.scale,
+            exact_products=exact,
+            row=row,
+            column=column,
+        )
+
+
+TRANSPOSED = ("conv1d", "embedding")
+"""Kinds whose weight is stored as (in, out), so that the delta is (B·A)ᵀ."""
+
+IMPLEMENTATION = LoRA
+
+
+def product_shape(a: tuple[int, ...], b: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Returns the shape of the weight that factors of these shapes change.
+
+    Args:
+        a: (rank, in), or (rank, in, k, …) for a convolution.
+        b: (out, rank), or (out, rank, 1, …).
+        kind: the module's kind.
+    """
+    if kind in TRANSPOSED:
+        return (a[1], b[0])
+    return (b[0], *a[1:])
+

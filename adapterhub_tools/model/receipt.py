@@ -1,0 +1,164 @@
+"""The receipt of a merge: what went in, what was asked, what came out. It is the same wherever the merge runs.
+
+No time, path, host, device or thread count: two merges that must be equal have equal receipts, byte for byte.
+Specified in docs/receipt.md and ``schema/merge-receipt-1.0.schema.json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+RECEIPT_FILE = "merge_receipt.json"
+RECEIPT_VERSION = "1.0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptBase:
+    """The base of a merge.
+
+    Attributes:
+        digest: of all its tensors; None where the check was not ``full``.
+        targets_digest: of the tensors that the adapters change; None where the check was ``off``.
+        config_digest: of its config; None where it has none.
+        checked: what a manifest's record was compared with: ``"full"``, ``"targets"``, ``"off"`` or
+            ``"unrecorded"`` (no manifest names a digest).
+    """
+
+    digest: str | None
+    targets_digest: str | None
+    config_digest: str | None
+    checked: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field."""
+        return {
+            "digest": self.digest,
+            "targets_digest": self.targets_digest,
+            "config_digest": self.config_digest,
+            "checked": self.checked,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptAdapter:
+    """One adapter of a merge.
+
+    Attributes:
+        digest: the adapter digest.
+        method: the method's name.
+        scale: the caller's multiplier.
+        targets: how many modules it changed.
+        full: how many tensors it carried in full.
+    """
+
+    digest: str
+    method: str
+    scale: float
+    targets: int
+    full: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptTensor:
+    """A written tensor.
+
+    Attributes:
+        name: its name.
+        dtype: its safetensors dtype.
+        shape: its shape.
+        digest: its tensor digest in hexadecimal.
+        action: ``"copy"``, ``"cast"``, ``"merge"`` or ``"replace"``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    action: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field but the name, which is the key."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "digest": self.digest, "action": self.action}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a merge did.
+
+    Attributes:
+        tool_version: of adaptertool.
+        base: the base.
+        adapters: the adapters, in the order given.
+        options: what was asked that changes the result.
+        guarantee: ``"exact"`` or ``"tolerance"``.
+        digest: the content digest of the written checkpoint.
+        config_digest: of the written config; None where there is none.
+        files: weight file -> size in bytes.
+        side_files: other file -> SHA-256.
+        tensors: every written tensor, by name.
+        notes: what was decided by rule.
+    """
+
+    tool_version: str
+    base: ReceiptBase
+    adapters: tuple[ReceiptAdapter, ...]
+    options: dict[str, Any]
+    guarantee: str
+    digest: str
+    config_digest: str | None
+    files: dict[str, int]
+    side_files: dict[str, str]
+    tensors: tuple[ReceiptTensor, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the receipt as it stands in the file."""
+        return {
+            "schema_version": RECEIPT_VERSION,
+            "operation": "merge",
+            "tool": {"name": "adaptertool", "version": self.tool_version},
+            "base": self.base.to_json(),
+            "adapters": [adapter.to_json() for adapter in self.adapters],
+            "options": self.options,
+            "guarantee": self.guarantee,
+            "output": {
+                "digest": self.digest,
+                "config_digest": self.config_digest,
+                "files": {name: {"size": size} for name, size in self.files.items()},
+                "side_files": {name: {"sha256": digest} for name, digest in self.side_files.items()},
+                "tensors": {tensor.name: tensor.to_json() for tensor in self.tensors},
+            },
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Receipt:
+        """Reads what ``to_json`` wrote; the caller has checked it against the schema."""
+        output = data["output"]
+        return cls(
+            tool_version=data["tool"]["version"],
+            base=ReceiptBase(**data["base"]),
+            adapters=tuple(ReceiptAdapter(**item) for item in data["adapters"]),
+            options=data["options"],
+            guarantee=data["guarantee"],
+            digest=output["digest"],
+            config_digest=output["config_digest"],
+            files={name: item["size"] for name, item in output["files"].items()},
+            side_files={name: item["sha256"] for name, item in output["side_files"].items()},
+            tensors=tuple(
+                ReceiptTensor(
+                    name=name,
+                    dtype=item["dtype"],
+                    shape=tuple(item["shape"]),
+                    digest=item["digest"],
+                    action=item["action"],
+                )
+                for name, item in output["tensors"].items()
+            ),
+            notes=tuple(data["notes"]),
+        )

@@ -1,0 +1,71 @@
+"""Tied embeddings: a base that keeps one tensor for its input embedding and its output head.
+
+An adapter that changes one of the pair needs both written out: changing the shared tensor would change the other side
+too, and a config that still says "tied" would throw the change away on loading (huggingface/peft#2018, #2777).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from adapterhub_tools.architectures import Architecture
+from adapterhub_tools.store.checkpoint import Checkpoint
+
+_HEADS = re.compile(r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|ForSpeechSeq2Seq|ImageTextToText")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """A tied pair.
+
+    Attributes:
+        input_name: the embedding's tensor on disk.
+        output_module: the head's module.
+        output_stored: True if the base also stores the head's tensor, which a loader that ties ignores.
+        others: further tensors of the same tie; a base that has them cannot be untied here.
+    """
+
+    input_name: str
+    output_module: str
+    output_stored: bool
+    others: tuple[str, ...] = ()
+
+    @property
+    def output_name(self) -> str:
+        """The head's tensor."""
+        return f"{self.output_module}.weight"
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of a config that describes the language model: its ``text_config``, or itself."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def find_tie(checkpoint: Checkpoint, architecture: Architecture) -> Tie | None:
+    """Returns the tied pair of a base, or None where its embeddings are not tied or it has no head."""
+    config = checkpoint.config or {}
+    if not architecture.input_embedding or not architecture.output_embedding:
+        return None
+    declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+    if not (architecture.tied_default if declared is None else declared):
+        return None
+    stored = checkpoint.tensors
+    names = [f"{architecture.input_embedding}.weight"]
+    if architecture.base_prefix:
+        names.append(names[0].removeprefix(f"{architecture.base_prefix}."))
+    found = [name for name in names if name in stored]
+    if not found:
+        return None
+    output = f"{architecture.output_embedding}.weight"
+    classes = config.get("architectures") or []
+    if output not in stored and classes and not any(_HEADS.search(str(name)) for name in classes):
+        return None
+    return Tie(
+        input_name=found[0],
+        output_module=architecture.output_embedding,
+        output_stored=output in stored,
+        others=tuple(architecture.other_tied_names),
+    )

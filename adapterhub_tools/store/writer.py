@@ -1,0 +1,106 @@
+"""Writing large files at given offsets without filling the page cache.
+
+The kernel lets dirty pages pile up and then makes the writer pay for them all at once; on a file of several gigabytes
+most of a merge's time went there. Starting the write-back of each range as soon as it is written, and dropping the
+pages once they are on the disk, keeps the cost flat (benchmarks/merge.py). Both calls are optional: where the platform
+lacks them, writing works the same and fsync does the rest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+from adapterhub_tools.errors import StoreError
+
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
+LAG_BYTES = 64 << 20
+"""How much may be on its way to the disk before the oldest range is waited for and dropped from the cache."""
+
+
+def _load_sync_file_range() -> ctypes._CFuncPtr | None:  # type: ignore[name-defined]
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function  # type: ignore[no-any-return]
+
+
+_SYNC_FILE_RANGE = _load_sync_file_range()
+
+
+class RangeWriter:
+    """A new file of known length that several threads fill.
+
+    Args:
+        path: the file; must not exist.
+        length: its final length in bytes.
+        drop_pages: True to drop written pages from the page cache.
+    """
+
+    def __init__(self, path: Path, length: int, *, drop_pages: bool) -> None:
+        """Creates the file and reserves its space, so that a full disk is known at once."""
+        self.path = path
+        self._drop = drop_pages
+        self._lock = threading.Lock()
+        self._pending: deque[tuple[int, int]] = deque()
+        self._lag = 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            if length and hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(self._fd, 0, length)
+                except OSError as error:
+                    import errno
+
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                        raise
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Writes all of ``data`` at ``offset`` and starts its way to the disk.
+
+        Raises:
+            OSError: the disk is full or broken; the staged directory maps it.
+        """
+        view, at = data, offset
+        while len(view):
+            done = os.pwrite(self._fd, view, at)
+            if done == 0:
+                raise StoreError.of("write", "the system wrote nothing.", file=str(self.path), remedy="Try again.")
+            view, at = view[done:], at + done
+        if _SYNC_FILE_RANGE is None:
+            return
+        _SYNC_FILE_RANGE(self._fd, offset, len(data), _WRITE)
+        with self._lock:
+            self._pending.append((offset, len(data)))
+            self._lag += len(data)
+            oldest = []
+            while self._lag > LAG_BYTES:
+                oldest.append(self._pending.popleft())
+                self._lag -= oldest[-1][1]
+        for start, length in oldest:
+            _SYNC_FILE_RANGE(self._fd, start, length, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            if self._drop:
+                os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> None:
+        """Waits until everything is on the disk, and closes the file."""
+        os.fsync(self._fd)
+        if self._drop and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file, finished or not; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
