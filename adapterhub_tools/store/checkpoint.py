@@ -217,6 +217,13 @@ def _check_index(checkpoint: Checkpoint, weight_map: dict[str, str], add: Any) -
         add("total-size", message, "metadata.total_size")
 
 
+def _in_index(problem: Problem, index_file: str | None, shard: str) -> Problem:
+    """Returns a problem of a shard's path as a problem of the index that gave the path."""
+    if index_file is None or problem.kind != "path":
+        return problem
+    return Problem(kind="path", message=problem.message, file=index_file, loc=shard, remedy=problem.remedy)
+
+
 def _open_files(
     root: Path, files: tuple[str, ...], index_file: str | None, index_metadata: dict[str, Any]
 ) -> Checkpoint:
@@ -238,7 +245,7 @@ def _open_files(
                 header = read_header(source)
                 paths[file], stamps[file], headers[file] = real, source.stamp, header
         except (FormatError, UnsupportedError) as error:
-            problems.extend(error.problems)
+            problems.extend(_in_index(problem, index_file, file) for problem in error.problems)
             continue
         for name, spec in header.tensors.items():
             if name in tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,18 +73,25 @@ class FileStamp:
         inode: its inode number.
         size: its length in bytes.
         mtime_ns: its modification time in nanoseconds since 1970.
+        ctime_ns: when its data or its attributes last changed. Not compared: a new hard link changes it too.
+            A cache compares it, since a program can set the modification time back, but not this one.
     """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int = field(compare=False)
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileStamp:
         """Takes the stamp from a stat result."""
         return cls(
-            device=status.st_dev, inode=status.st_ino, size=status.st_size, mtime_ns=status.st_mtime_ns
+            device=status.st_dev,
+            inode=status.st_ino,
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
         )
 
 
@@ -218,7 +225,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
             folder.
         StoreError: the folder cannot be examined.
     """
-    reason = _path_reason(relative)
+    reason = path_reason(relative)
     if reason:
         raise _outside(relative, reason)
     try:
@@ -236,8 +243,8 @@ def resolve_inside(root: Path, relative: str) -> Path:
     return Path(real)
 
 
-def _path_reason(relative: str) -> str:
-    """Returns why a path may not be used, or an empty string."""
+def path_reason(relative: str) -> str:
+    """Returns why a path may not be used inside a folder, or an empty string if it may."""
     if not relative:
         return "is empty"
     if "\0" in relative:
