@@ -4,6 +4,13 @@
 # sees to that. The work folder is build/demo under the repository, or $DEMO_DIR; it takes about 550 MB.
 set -euo pipefail
 
+for command in python adaptertool; do
+    if ! command -v "$command" >/dev/null; then
+        echo "demo: $command is not on PATH; run this through: make demo" >&2
+        exit 2
+    fi
+done
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # A relative DEMO_DIR is the caller's; everything after this line runs in the repository.
 work=${DEMO_DIR:-$root/build/demo}
@@ -21,20 +28,19 @@ questions=(
 )
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TRANSFORMERS_NO_ADVISORY_WARNINGS=1 TQDM_DISABLE=1
-export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
-
-for command in python adaptertool; do
-    if ! command -v "$command" >/dev/null; then
-        echo "demo: $command is not on PATH; run this through: make demo" >&2
-        exit 2
-    fi
-done
+export TOKENIZERS_PARALLELISM=false
 
 title() { printf '\n== %s\n' "$1"; }
 run() {
-    printf '$'
-    printf ' %q' "$@"
-    printf '\n'
+    # Printed so that it can be pasted: an argument with a space or a question mark in double quotes.
+    local line='$' word
+    for word in "$@"; do
+        case $word in
+            *[\ ?]*) line+=" \"$word\"" ;;
+            *) line+=" $word" ;;
+        esac
+    done
+    printf '%s\n' "$line"
     "$@"
 }
 

