@@ -1,0 +1,265 @@
+"""Tensors that a PEFT adapter carries in full, each allowed only where the config says so."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from adapterhub_tools.architectures import embedding_names
+from adapterhub_tools.dialects._peft.targets import TargetRule
+from adapterhub_tools.errors import FormatError, Problem, escape
+from adapterhub_tools.model.adapter import FullTensor
+from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
+
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT saves for a task by itself; older configs do not list them."""
+
+_PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Names that make PEFT save the embeddings whole when ``target_modules`` has them."""
+
+_TOKEN_DELTA = ".token_adapter.trainable_tokens_delta"
+_ACCEPT = (
+    "Pass --accept-embeddings if the adapter was trained with a grown vocabulary or saved so on purpose."
+)
+
+
+class FullTensors:
+    """Sorts the tensors that are no factors.
+
+    Attributes:
+        full: what was allowed, or only needs a flag, ordered by target.
+        problems: everything else.
+        notes: what was resolved by rule.
+        copies: stored names of untouched copies of the base that wrappers saved.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        rule: TargetRule,
+        modules: Collection[str],
+        *,
+        file: str,
+    ) -> None:
+        """Prepares the rules of one adapter.
+
+        Args:
+            config: the adapter's config.
+            rule: its target rule.
+            modules: paths of the modules that have factors.
+            file: the tensors' file, for messages.
+        """
+        self._config, self._rule, self._modules, self._file = config, rule, modules, file
+        self._bias = config.get("bias")
+        task = config.get("task_type")
+        heads = _TASK_HEADS.get(task, ()) if isinstance(task, str) else ()
+        self._saved = _Endings((*rule.modules_to_save, *heads))
+        self._listed = rule.modules_to_save
+        self._embeddings = embedding_names()
+        self._hit: set[str] = set()
+        self.full: list[FullTensor] = []
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        self.copies: list[str] = []
+
+    def add(self, rest: Mapping[str, TensorSpec]) -> None:
+        """Sorts the tensors of ``keys.split``'s rest, then checks that nothing declared is missing."""
+        for key, spec in sorted(rest.items()):
+            self._add(key, spec, rest)
+        self._check_declared()
+        self.full.sort(key=lambda f: (f.target, f.role))
+        seen: dict[tuple[str, bool], FullTensor] = {}
+        for item in self.full:
+            slot = (item.target, item.role == "token_rows")
+            if slot in seen:
+                message = f'"{escape(seen[slot].tensor.name)}" and this both replace "{escape(item.target)}".'
+                self._problem("duplicate-key", message, item.tensor, "Remove one of them.")
+            seen[slot] = item
+
+    def _add(self, key: str, spec: TensorSpec, rest: Mapping[str, TensorSpec]) -> None:
+        if key.endswith(_TOKEN_DELTA) or f"{_TOKEN_DELTA}." in key:
+            self._token_rows(key.partition(_TOKEN_DELTA)[0], spec)
+            return
+        owner, wrapper, inner = _wrapped(key)
+        if wrapper == "original_module":
+            self._original(owner, inner, spec, rest)
+            return
+        target = f"{owner}.{inner}" if wrapper else key
+        path, _, leaf = target.rpartition(".")
+        saved = self._saved.find(path)
+        if saved is not None:
+            self._hit.add(saved)
+            self._keep(target, "modules_to_save", spec)
+        elif wrapper == "modules_to_save":
+            self._refuse(key, spec)
+        elif leaf == "bias" and self._bias_allowed(path):
+            self._keep(f"{path.removesuffix('.base_layer')}.bias", "bias", spec, floating=True)
+        elif leaf in ("weight", "bias") and self._is_embedding(path):
+            self._embedding(path, leaf, spec)
+        else:
+            self._refuse(key, spec)
+
+    def _bias_allowed(self, path: str) -> bool:
+        if self._bias == "all":
+            return True
+        return self._bias == "lora_only" and path.removesuffix(".base_layer") in self._modules
+
+    def _is_embedding(self, path: str) -> bool:
+        return path.removesuffix(".base_layer").rpartition(".")[2] in self._embeddings
+
+    def _embedding(self, path: str, leaf: str, spec: TensorSpec) -> None:
+        """Keeps a saved embedding; without the config's word it needs the user's."""
+        module = path.removesuffix(".base_layer")
+        self._keep(f"{module}.{leaf}", "saved_embedding", spec, floating=True)
+        if path.endswith(".base_layer") and self._targets_embeddings(module):
+            return
+        message = (
+            f'the file carries the embedding "{escape(module)}" in full, and the config does not say that it was '
+            "trained or resized."
+        )
+        self._problem("saved-embedding", message, spec, _ACCEPT)
+
+    def _targets_embeddings(self, module: str) -> bool:
+        """Tells whether the config makes PEFT save this embedding: it is a target, and named as PEFT looks for it."""
+        targets = self._rule.target_modules
+        if isinstance(targets, str):
+            named = module.rpartition(".")[2] in _PEFT_EMBEDDINGS
+        else:
+            named = any(name in (targets or ()) for name in _PEFT_EMBEDDINGS)
+        try:
+            return named and not self._rule.needs_base and self._rule.matches(module)
+        except FormatError:
+            return False  # reported where the modules were matched
+
+    def _token_rows(self, module: str, spec: TensorSpec) -> None:
+        """Keeps trained token rows: their indices stand in the config only."""
+        indices = self._config.get("trainable_token_indices")
+        remedy = f'Correct "trainable_token_indices" in {self._rule.file}, or save the adapter again.'
+        if isinstance(indices, dict):
+            names = [name for name in indices if module.endswith(name)]
+            indices = indices[names[0]] if len(names) == 1 else None
+            if len(names) == 1:
+                self._hit.add(f"tokens:{names[0]}")
+        elif indices is not None:
+            self._hit.add("tokens:")
+        if not isinstance(indices, list):
+            message = f'trained token rows for "{escape(module)}", for which the config gives no indices.'
+            self._problem("token-rows", message, spec, remedy)
+            return
+        rows = tuple(i for i in indices if isinstance(i, int) and i >= 0)
+        if len(rows) != len(indices) or len(set(rows)) != len(rows):
+            self._problem("token-rows", "the token indices hold a negative or repeated number.", spec, remedy)
+        if len(spec.shape) != 2 or spec.shape[0] != len(indices):
+            message = (
+                f"trained token rows have shape {list(spec.shape)}; the config gives {len(indices)} indices."
+            )
+            self._problem("token-rows", message, spec, remedy)
+        self._keep(f"{module}.weight", "token_rows", spec, rows=rows, floating=True)
+
+    def _original(self, owner: str, inner: str, spec: TensorSpec, rest: Mapping[str, TensorSpec]) -> None:
+        """Sets an untouched copy of the base aside if the trained tensor stands beside it."""
+        trained = f"{owner}.modules_to_save."
+        if (
+            any(key.startswith(trained) and key.endswith(f".{inner}") for key in rest)
+            or f"{owner}.{inner}" in rest
+        ):
+            self.copies.append(spec.name)
+            return
+        message = "a wrapper's copy of the base, without the trained tensor that should stand beside it."
+        self._problem("unknown-key", message, spec, "The file is incomplete; save the adapter again.")
+
+    def _refuse(self, key: str, spec: TensorSpec) -> None:
+        if any(part.startswith("lora_") for part in key.split(".")):
+            message = "no known kind of LoRA tensor; PEFT 0.21 writes none with this name."
+            self._problem("unknown-key", message, spec, "Use a newer adaptertool, or remove the tensor.")
+            return
+        message = f'it would replace the base tensor "{escape(key.replace(".base_layer", ""))}", and the config does not say so.'
+        remedy = f'List its module under "modules_to_save" in {self._rule.file} if it was trained, or remove the tensor.'
+        self._problem("base-overwrite", message, spec, remedy)
+
+    def _check_declared(self) -> None:
+        """Reports what the config declares and the file lacks."""
+        missing = [name for name in self._listed if name not in self._hit and name not in _HEADS]
+        for name in missing:
+            message = f'"modules_to_save" lists "{escape(name)}", but the file has no tensor of it; the base\'s stay.'
+            self.problems.append(
+                Problem(
+                    kind="missing-tensor",
+                    message=message,
+                    file=self._file,
+                    loc=name,
+                    severity="warning",
+                    remedy="If it was trained, gather the shards and save the adapter again.",
+                )
+            )
+        indices = self._config.get("trainable_token_indices")
+        wanted = list(indices) if isinstance(indices, dict) else [""] if indices else []
+        got = {name for name in self._hit if name.startswith("tokens:")}
+        if wanted and not got:
+            message = "the config trains token rows, but the file has none."
+            self.problems.append(
+                Problem(
+                    kind="missing-tensor",
+                    message=message,
+                    file=self._file,
+                    loc="trainable_token_indices",
+                    remedy="The file is incomplete; save the adapter again.",
+                )
+            )
+
+    def _keep(
+        self,
+        target: str,
+        role: str,
+        spec: TensorSpec,
+        *,
+        rows: tuple[int, ...] | None = None,
+        floating: bool = False,
+    ) -> None:
+        if floating and spec.dtype not in FLOAT_DTYPES:
+            message = f"dtype {spec.dtype}; expected one of {', '.join(FLOAT_DTYPES)}."
+            self._problem("dtype", message, spec, "Save the adapter in BF16, F16 or F32.")
+        self.full.append(FullTensor(target=target, role=role, tensor=spec, rows=rows))
+
+    def _problem(self, kind: str, message: str, spec: TensorSpec, remedy: str) -> None:
+        self.problems.append(
+            Problem(kind=kind, message=message, file=self._file, loc=spec.name, remedy=remedy)
+        )
+
+
+_HEADS = {name for names in _TASK_HEADS.values() for name in names}
+
+
+class _Endings:
+    """The entries of ``modules_to_save``: a module is meant if its path ends in one, as PEFT compares them."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._by_length: dict[int, set[str]] = {}
+        for entry in entries:
+            if entry:
+                self._by_length.setdefault(len(entry), set()).add(entry)
+
+    def find(self, path: str) -> str | None:
+        """Returns the entry that means this module or one above it."""
+        end = len(path)
+        while end > 0:
+            for length, names in self._by_length.items():
+                if length <= end and path[end - length : end] in names:
+                    return path[end - length : end]
+            end = path.rfind(".", 0, end)
+        return None
+
+
+def _wrapped(key: str) -> tuple[str, str, str]:
+    """Splits the old forms ``P.modules_to_save.NAME.rest`` and ``P.original_module.rest``; the wrapper is "" else."""
+    parts = key.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if i and part == "original_module":
+            return ".".join(parts[:i]), part, ".".join(parts[i + 1 :])
+        if i and part == "modules_to_save" and i + 2 < len(parts):
+            return ".".join(parts[:i]), part, ".".join(parts[i + 2 :])
+    return "", "", ""

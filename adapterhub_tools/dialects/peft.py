@@ -1,0 +1,242 @@
+"""The naming scheme of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors`` to an Adapter.
+
+Reads configs of PEFT 0.1 to 0.21. LoRA is read in full; every other ``peft_type`` is described by the table
+``_peft/types.json``. Nothing here opens a file or holds a tensor: a header and a config go in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adapterhub_tools.dialects._peft import blockers as lora_blockers
+from adapterhub_tools.dialects._peft import generic, lora
+from adapterhub_tools.dialects._peft.config import PeftType, base_ref, check_fields, table
+from adapterhub_tools.dialects._peft.full import FullTensors
+from adapterhub_tools.dialects._peft.keys import PREFIX, Factors, clean, json_kind, limited, split
+from adapterhub_tools.dialects._peft.targets import TargetRule
+from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
+from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
+from adapterhub_tools.model.tensor import TensorSpec
+
+__all__ = ["TargetRule", "detect", "examine", "read"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def detect(header: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> bool:
+    """Tells whether files look like PEFT's: a config with ``peft_type``, or keys with PEFT's prefix.
+
+    Args:
+        header: stored name -> tensor; may be empty.
+        config: the parsed ``adapter_config.json``, or None if there is none.
+    """
+    if config is not None:
+        return isinstance(config.get("peft_type"), str)
+    return any(PREFIX in name for name in header)
+
+
+def read(
+    header: Mapping[str, TensorSpec],
+    config: Mapping[str, Any] | None,
+    *,
+    file: str = WEIGHTS_FILE,
+    config_file: str = CONFIG_FILE,
+) -> Adapter:
+    """Returns the adapter that the files describe.
+
+    Raises:
+        FormatError: there is a problem of severity "error"; it holds all of them.
+    """
+    adapter, problems = examine(header, config, file=file, config_file=config_file)
+    raise_for(problems, FormatError)
+    return adapter
+
+
+def examine(
+    header: Mapping[str, TensorSpec],
+    config: Mapping[str, Any] | None,
+    *,
+    file: str = WEIGHTS_FILE,
+    config_file: str = CONFIG_FILE,
+) -> tuple[Adapter, tuple[Problem, ...]]:
+    """Returns the adapter as far as it can be described, and every problem that was found. Never raises for content.
+
+    Args:
+        header: stored name -> tensor.
+        config: the parsed config, or None if there is none.
+        file: the name of the tensors' file, for messages.
+        config_file: the name of the config file, for messages.
+
+    Returns:
+        The adapter, and problems of severity "error" or "warning"; at most a hundred of a kind.
+    """
+    problems: list[Problem] = []
+    kind = _kind(header, config, config_file, problems)
+    fields: Mapping[str, Any] = config or {}
+    keys = clean(header, file=file)
+    notes: list[str] = []
+    if config is not None and kind is not None:
+        found, notes = check_fields(fields, kind, file=config_file)
+        problems.extend(found)
+        fields = _usable(fields, found)
+    factors, rest = split(keys, {} if kind is None else kind.roles, file=file)
+    parts = _Parts(file=file, config_file=config_file)
+    if kind is None:
+        _all_unknown(rest, parts)
+    elif kind.name == "LORA":
+        _lora(factors, rest, fields, parts)
+    else:
+        _other(factors, rest, fields, kind, parts)
+    adapter = Adapter(
+        dialect="peft",
+        method=parts.method,
+        hparams=parts.hparams,
+        modules=tuple(parts.modules),
+        full=tuple(parts.full),
+        base=base_ref(fields),
+        blockers=tuple(parts.blockers),
+        notes=(*keys.notes, *notes, *parts.notes),
+        unparsed={"config": dict(config or {}), "tensors": sorted(parts.unparsed)},
+        ties=fields.get("ensure_weight_tying") is True,
+    )
+    return adapter, limited((*problems, *keys.problems, *parts.problems))
+
+
+class _Parts:
+    """What becomes of an adapter's files while they are read."""
+
+    def __init__(self, *, file: str, config_file: str) -> None:
+        self.file, self.config_file = file, config_file
+        self.method = "unknown"
+        self.hparams: dict[str, Any] = {}
+        self.modules: list[TargetModule] = []
+        self.full: list[FullTensor] = []
+        self.blockers: list[tuple[str, str, str]] = []
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        self.unparsed: list[str] = []
+
+
+def _kind(
+    header: Mapping[str, TensorSpec],
+    config: Mapping[str, Any] | None,
+    config_file: str,
+    problems: list[Problem],
+) -> PeftType | None:
+    """Returns the row of the adapter's type; LoRA where only the keys say so, which is a problem of its own."""
+    rows = table()[0]
+    if config is None:
+        message = f"there is no {config_file}, so rank, alpha and targets are unknown."
+        remedy = f"Put the {config_file} that was saved with the tensors beside them."
+        problems.append(Problem(kind="missing-config", message=message, file=config_file, remedy=remedy))
+        return rows["LORA"] if any(".lora_" in name for name in header) else None
+    name = config.get("peft_type")
+    row = rows.get(name.upper()) if isinstance(name, str) else None
+    if row is None:
+        found = f'"{escape(name)}"' if isinstance(name, str) else json_kind(name)
+        message = f'"peft_type" is {found}; expected one of the {len(rows)} types of PEFT up to 0.21.'
+        remedy = "If this is another tool's config, convert the adapter to PEFT's form first."
+        problems.append(
+            Problem(kind="peft-type", message=message, file=config_file, loc="peft_type", remedy=remedy)
+        )
+    return row
+
+
+def _usable(config: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Returns the config without the fields whose type was wrong, so that reading can go on."""
+    wrong = {problem.loc for problem in problems if problem.kind == "config-type"}
+    return {name: value for name, value in config.items() if name not in wrong}
+
+
+def _all_unknown(rest: Mapping[str, TensorSpec], parts: _Parts) -> None:
+    for spec in rest.values():
+        remedy = "Correct the config's peft_type first."
+        parts.problems.append(
+            Problem(
+                kind="unknown-key",
+                message="its role is unknown.",
+                file=parts.file,
+                loc=spec.name,
+                remedy=remedy,
+            )
+        )
+
+
+def _lora(factors: Factors, rest: Mapping[str, TensorSpec], config: Mapping[str, Any], parts: _Parts) -> None:
+    """Reads a LoRA adapter, with its variants."""
+    merged_linear = bool(config.get("enable_lora"))
+    dora = config.get("use_dora") is True or any("magnitude" in have for have in factors.values())
+    parts.method = "dora" if dora else "lora_merged_linear" if merged_linear else "lora"
+    rule = TargetRule.from_config(config, file=parts.config_file)
+    found = lora.build(factors, config, rule, method=parts.method, file=parts.file)
+    parts.modules, parts.problems, parts.notes = found.modules, found.problems, found.notes
+    full = FullTensors(config, rule, {module.path for module in found.modules}, file=parts.file)
+    full.add(rest)
+    parts.full = full.full
+    parts.problems.extend(full.problems)
+    parts.notes.extend(full.notes)
+    _set_aside(found.training, "needed for training only", parts)
+    _set_aside(full.copies, "an untouched copy of the base", parts)
+    if config:
+        parts.hparams = {
+            "rank": config.get("r", lora.DEFAULT_RANK),
+            "alpha": config.get("lora_alpha", lora.DEFAULT_ALPHA),
+            "scaling": "alpha/sqrt(rank)" if config.get("use_rslora") is True else "alpha/rank",
+            "fan_in_fan_out": config.get("fan_in_fan_out") is True,
+        }
+    if merged_linear:
+        parts.hparams["enable_lora"] = config["enable_lora"]
+    parts.blockers = lora_blockers.blockers(config, method=parts.method)
+    _more_blockers(found, parts)
+    if not parts.modules and not parts.full:
+        message = "the file holds no LoRA tensors."
+        remedy = "The file is empty or incomplete; save the adapter again."
+        parts.problems.append(Problem(kind="empty", message=message, file=parts.file, remedy=remedy))
+
+
+def _more_blockers(found: lora.Lora, parts: _Parts) -> None:
+    """Adds what only the tensors tell."""
+    if found.grouped:
+        message = (
+            f'"{escape(found.grouped[0])}" is a convolution in groups; PEFT does not merge those either.'
+        )
+        parts.blockers.append(("grouped-convolution", message, "Serve it as an adapter."))
+    if found.attention:
+        message = f'"{escape(found.attention[0])}" belongs to a multi-head attention module with one input projection.'
+        parts.blockers.append(("multihead-attention", message, "Merge it with PEFT (merge_and_unload)."))
+
+
+def _set_aside(specs: list[TensorSpec] | list[str], why: str, parts: _Parts) -> None:
+    """Accounts for tensors that do not enter a merge."""
+    names = [spec if isinstance(spec, str) else spec.name for spec in specs]
+    if names:
+        parts.notes.append(f'Set aside {len(names)} tensors, {why}; the first is "{escape(min(names))}".')
+        parts.unparsed.extend(names)
+
+
+def _other(
+    factors: Factors, rest: Mapping[str, TensorSpec], config: Mapping[str, Any], kind: PeftType, parts: _Parts
+) -> None:
+    """Reads an adapter of any other type."""
+    parts.method = kind.method
+    parts.hparams = generic.hyperparameters(config, kind)
+    rule = TargetRule.from_config(config, file=parts.config_file)
+    full = FullTensors(config, rule, set(factors), file=parts.file)
+    full.add(rest)
+    if kind.name == "TRAINABLE_TOKENS":
+        rows, problems = generic.token_rows(factors, config, file=parts.file, config_file=parts.config_file)
+        parts.full = sorted([*rows, *full.full], key=lambda f: (f.target, f.role))
+        parts.problems.extend(problems)
+    else:
+        parts.modules = generic.build(factors, config, kind)
+        parts.full = full.full
+    parts.problems.extend(full.problems)
+    parts.notes.extend(full.notes)
+    _set_aside(full.copies, "an untouched copy of the base", parts)
+    parts.blockers = generic.blockers(kind)
+    if not parts.modules and not parts.full:
+        message = f"the file holds no {kind.name} tensors."
+        remedy = "The file is empty or incomplete; save the adapter again."
+        parts.problems.append(Problem(kind="empty", message=message, file=parts.file, remedy=remedy))
