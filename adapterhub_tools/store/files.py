@@ -37,6 +37,7 @@ _REMEDIES: dict[int, tuple[str, str]] = {
     errno.ESTALE: ("io", "The network file system lost the file; mount it again, then try again."),
     errno.ETIMEDOUT: ("io", "The network file system did not answer; try again."),
     errno.ENOMEM: ("memory", "Free memory, then try again."),
+    errno.ENOLCK: ("lock", "This file system cannot lock files; choose a place on another."),
     errno.EBUSY: ("busy", "Another program or a mount uses it; stop that, then try again."),
     errno.EXDEV: ("cross-device", "Choose a destination on one file system."),
     errno.EEXIST: ("exists", "Remove it, or choose another name."),

@@ -1,0 +1,126 @@
+"""The working folder beside an output: made, locked while its process lives, found again and removed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from adapterhub_tools.errors import Problem, StoreError
+from adapterhub_tools.store.files import store_error
+
+
+def recover(out: Path) -> tuple[Path, ...]:
+    """Removes the working folders that killed runs left beside an output; those in use are not touched.
+
+    If such a run had renamed the old output away and not yet put the new one in its place, the old one is
+    restored.
+
+    Returns:
+        The working folders that were removed.
+    """
+    parent = Path(os.path.realpath(out.parent))
+    prefix = f".{out.name}.tmp-"
+    removed = []
+    try:
+        names = [name for name in os.listdir(parent) if name.startswith(prefix)]
+    except OSError:
+        return ()  # the check of the destination says why
+    for name in sorted(names):
+        work = parent / name
+        lock = _lock_abandoned(work)
+        if lock is None:
+            continue
+        try:
+            old = work / "old"
+            if old.is_dir() and not os.path.lexists(parent / out.name):
+                os.rename(old, parent / out.name)
+            if remove_work(work):
+                removed.append(work)
+        finally:
+            os.close(lock)
+    return tuple(removed)
+
+
+def make_work(out: Path) -> tuple[Path, int]:
+    """Makes a working folder beside an output; returns it and the descriptor of its lock file, locked.
+
+    Raises:
+        StoreError: it cannot be made or locked.
+    """
+    for _ in range(100):
+        work = out.with_name(f".{out.name}.tmp-{os.urandom(6).hex()}")
+        try:
+            os.mkdir(work)
+            fd = os.open(work / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # another run's clean-up took the folder before it was locked
+        except OSError as error:
+            raise store_error(error, "make a folder", work) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(fd, socket.gethostname().encode())
+            if (work / ".lock").exists():
+                return work, fd
+        except BlockingIOError:
+            pass  # that clean-up was faster
+        except OSError as error:
+            os.close(fd)
+            remove_work(work)
+            raise store_error(error, "lock the working folder", work) from error
+        os.close(fd)
+    raise StoreError(
+        Problem(
+            kind="locked",
+            message="other runs keep removing the working folder.",
+            file=str(out),
+            remedy="Let them finish, then try again.",
+        )
+    )
+
+
+def _lock_abandoned(work: Path) -> int | None:
+    """Returns the descriptor of the lock of a working folder that no process uses, else None.
+
+    The lock names its host: on a network file system a lock of another machine may look free, so those stay.
+    """
+    try:
+        fd = os.open(work / ".lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        # Killed between making the folder and its lock: then the folder is empty, and only then it goes.
+        with_lock = os.path.lexists(work / ".lock")
+        if not with_lock:
+            _remove_empty(work)
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.read(fd, 256) in (b"", socket.gethostname().encode()):
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError:
+        return
+
+
+def remove_work(work: Path) -> bool:
+    """Removes a working folder, its lock last; returns whether it is gone."""
+    import shutil
+
+    for name in ("new", "old", "probe-a", "probe-b"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    try:
+        if len(os.listdir(work)) <= 1:  # while anything else is left, the lock marks it for the next run
+            (work / ".lock").unlink(missing_ok=True)
+            os.rmdir(work)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return not work.exists()
