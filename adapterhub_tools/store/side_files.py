@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+_TOKENIZER = re.compile(
+    r"""
+      tokenizer[\w.-]*\.json | [\w.-]+\.model(?:\.v\d+)? | [\w.-]+\.spm | [\w.-]+\.tiktoken
+    | vocab[\w.-]*\.(?:json|txt) | merges\.txt | bpe\.codes | normalizer\.json
+    | special_tokens_map\.json | added_tokens\.json
+    | chat_template[\w.-]*\.(?:json|jinja) | additional_chat_templates/[\w.-]+\.jinja
+    """,
+    re.VERBOSE,
+)
 _COPIED = re.compile(
     r"""
       config\.json | configuration\.json | generation_config\.json
     | modules\.json | sentence_\w+_config\.json | config_sentence_transformers\.json
-    | tokenizer[\w.-]*\.json | [\w.-]+\.model(?:\.v\d+)? | [\w.-]+\.spm | [\w.-]+\.tiktoken
-    | vocab[\w.-]*\.(?:json|txt) | merges\.txt | bpe\.codes | normalizer\.json
-    | special_tokens_map\.json | added_tokens\.json
-    | chat_template[\w.-]*\.(?:json|jinja) | additional_chat_templates/[\w.-]+\.jinja
     | (?:[a-z]+_)?(?:pre)?processor_config\.json | feature_extractor_config\.json
     | \d+_[A-Z]\w*/config\.json
     | (?i:licen[sc]e|copying|notice|use_policy|acceptable_use_policy)(?:[._-][\w.-]*)?
@@ -108,6 +113,11 @@ def classify(root: Path, names: Iterable[str] | None = None) -> SideFiles:
     return SideFiles(copy=tuple(copy), left=tuple(left))
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Returns whether a name is that of a tokenizer's file or of a chat template."""
+    return _TOKENIZER.fullmatch(name) is not None
+
+
 def _reason(root: Path, name: str) -> str:
     """Returns why a file stays behind, or an empty string if it goes."""
     for pattern, reason in _LEFT:
@@ -115,7 +125,7 @@ def _reason(root: Path, name: str) -> str:
             return reason
     if name.endswith("/"):
         return "a folder"
-    if not _COPIED.fullmatch(name):
+    if not (_COPIED.fullmatch(name) or is_tokenizer_file(name)):
         return "not on the list of files that go with a model"
     try:
         real = resolve_inside(root, name)
