@@ -1,7 +1,7 @@
 """The folder is the registry: ``methods/lora.py`` IS the method "lora".
 
-Listing reads file names and imports nothing; only a listed name can be loaded, so a hostile file cannot choose what
-is imported. A name that starts with an underscore is private to its folder.
+Listing reads file names and imports nothing; only a listed name can be loaded, so a hostile file cannot
+choose what is imported. A name that starts with an underscore is private to its folder.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Reads configs of PEFT 0.1 to 0.21. LoRA is read in full; every other ``peft_type
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from adapterhub_tools.dialects._peft import blockers as lora_blockers
@@ -19,7 +19,7 @@ from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.tensor import TensorSpec
 
-__all__ = ["TargetRule", "detect", "examine", "read"]
+__all__ = ["TargetRule", "detect", "examine", "read", "targeted"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -61,7 +61,7 @@ def examine(
     file: str = WEIGHTS_FILE,
     config_file: str = CONFIG_FILE,
 ) -> tuple[Adapter, tuple[Problem, ...]]:
-    """Returns the adapter as far as it can be described, and every problem that was found. Never raises for content.
+    """Returns the adapter as far as it can be described, and every problem; never raises for content.
 
     Args:
         header: stored name -> tensor.
@@ -82,7 +82,7 @@ def examine(
         problems.extend(found)
         fields = _usable(fields, found)
     factors, rest = split(keys, {} if kind is None else kind.roles, file=file)
-    parts = _Parts(file=file, config_file=config_file)
+    parts = _Parts(file=file, config_file=config_file, names=keys.names)
     if kind is None:
         _all_unknown(rest, parts)
     elif kind.name == "LORA":
@@ -104,11 +104,30 @@ def examine(
     return adapter, limited((*problems, *keys.problems, *parts.problems))
 
 
+def targeted(adapter: Adapter, paths: Sequence[str]) -> tuple[list[str], bool]:
+    """Returns which modules of a base the adapter's config means.
+
+    Args:
+        adapter: as read by ``examine``.
+        paths: module paths in memory.
+
+    Returns:
+        The paths that are meant, and whether the config names them; False where it leaves the choice to the
+        base's class (``all-linear``), and then every path is returned.
+
+    Raises:
+        FormatError: a regular expression of the config is invalid or takes too long.
+    """
+    rule = TargetRule.from_config(adapter.unparsed.get("config", {}))
+    hits = rule.match(paths)
+    return [path for path, hit in zip(paths, hits, strict=True) if hit], not rule.needs_base
+
+
 class _Parts:
     """What becomes of an adapter's files while they are read."""
 
-    def __init__(self, *, file: str, config_file: str) -> None:
-        self.file, self.config_file = file, config_file
+    def __init__(self, *, file: str, config_file: str, names: Set[str]) -> None:
+        self.file, self.config_file, self.names = file, config_file, names
         self.method = "unknown"
         self.hparams: dict[str, Any] = {}
         self.modules: list[TargetModule] = []
@@ -125,7 +144,7 @@ def _kind(
     config_file: str,
     problems: list[Problem],
 ) -> PeftType | None:
-    """Returns the row of the adapter's type; LoRA where only the keys say so, which is a problem of its own."""
+    """Returns the row of the adapter's type; without a config it is LoRA if the keys say so."""
     rows = table()[0]
     if config is None:
         message = f"there is no {config_file}, so rank, alpha and targets are unknown."
@@ -172,7 +191,9 @@ def _lora(factors: Factors, rest: Mapping[str, TensorSpec], config: Mapping[str,
     rule = TargetRule.from_config(config, file=parts.config_file)
     found = lora.build(factors, config, rule, method=parts.method, file=parts.file)
     parts.modules, parts.problems, parts.notes = found.modules, found.problems, found.notes
-    full = FullTensors(config, rule, {module.path for module in found.modules}, file=parts.file)
+    full = FullTensors(
+        config, rule, {module.path for module in found.modules}, file=parts.file, names=parts.names
+    )
     full.add(rest)
     parts.full = full.full
     parts.problems.extend(full.problems)
@@ -204,7 +225,10 @@ def _more_blockers(found: lora.Lora, parts: _Parts) -> None:
         )
         parts.blockers.append(("grouped-convolution", message, "Serve it as an adapter."))
     if found.attention:
-        message = f'"{escape(found.attention[0])}" belongs to a multi-head attention module with one input projection.'
+        message = (
+            f'"{escape(found.attention[0])}" belongs to a multi-head attention module with one input '
+            "projection."
+        )
         parts.blockers.append(("multihead-attention", message, "Merge it with PEFT (merge_and_unload)."))
 
 
@@ -223,7 +247,7 @@ def _other(
     parts.method = kind.method
     parts.hparams = generic.hyperparameters(config, kind)
     rule = TargetRule.from_config(config, file=parts.config_file)
-    full = FullTensors(config, rule, set(factors), file=parts.file)
+    full = FullTensors(config, rule, set(factors), file=parts.file, names=parts.names)
     full.add(rest)
     if kind.name == "TRAINABLE_TOKENS":
         rows, problems = generic.token_rows(factors, config, file=parts.file, config_file=parts.config_file)

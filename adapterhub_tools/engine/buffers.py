@@ -28,7 +28,7 @@ class Buffers:
         self._held: dict[str, Tensor] = {}
 
     def take(self, which: str, nbytes: int) -> Tensor:
-        """Returns the first ``nbytes`` of the buffer named ``which``, as uint8; its content is whatever it was."""
+        """Returns the first ``nbytes`` of a buffer, as uint8; its content is whatever it was."""
         held = self._held.get(which)
         if held is None or held.numel() < nbytes:
             held = torch.empty(max(nbytes, CHUNK_BYTES), dtype=torch.uint8)
@@ -38,7 +38,8 @@ class Buffers:
 
 def memory_of(tensor: Tensor) -> memoryview:
     """Returns the bytes of a contiguous CPU uint8 tensor, without a copy."""
-    return memoryview(tensor.numpy())
+    view: memoryview = tensor.numpy().data
+    return view
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -1,8 +1,9 @@
 """Runs a plan with threads of this process.
 
-Each worker takes the next tensor in file order, so reads and writes move forward through the files; torch releases
-the interpreter's lock in its kernels, as BLAKE3 and the system calls do. The bytes do not depend on the number of
-threads: every value is the correctly rounded one, and every step owns its range of the output.
+Each worker takes the next tensor in file order, so reads and writes move forward through the files; torch
+releases the interpreter's lock in its kernels, as BLAKE3 and the system calls do. The bytes do not depend
+on the number of threads: every value is the correctly rounded one, and every step owns its range of the
+output.
 """
 
 from __future__ import annotations
@@ -52,10 +53,8 @@ def default_threads() -> int:
 
 def buffer_bytes(steps: tuple[Step, ...], threads: int) -> int:
     """Estimates the memory that the buffers and factors of a run need, start-up excluded."""
-    factors = [
-        sum(item.spec.elements * 8 + item.spec.nbytes for term in step.terms for item in term.factors.values())
-        for step in steps
-    ]
+    specs = [[item.spec for term in step.terms for item in term.factors.values()] for step in steps]
+    factors = [sum(spec.elements * 8 + spec.nbytes for spec in of_step) for of_step in specs]
     return threads * (2 * CHUNK_BYTES + _BLOCK_BYTES) + sum(sorted(factors, reverse=True)[:threads])
 
 
@@ -160,7 +159,7 @@ def _in_threads(
     threads: int,
     failed: threading.Event,
 ) -> Iterator[int]:
-    """Runs the jobs in order of the list, ``threads`` at a time; the first error ends the others and is raised."""
+    """Runs the jobs in order, ``threads`` at a time; the first error ends the others and is raised."""
     queue = iter(jobs)
     lock = threading.Lock()
 
@@ -202,7 +201,7 @@ def _single_threaded_kernels() -> Iterator[None]:
 
 
 def _drop_above() -> int:
-    """Returns the output size from which written pages are dropped from the cache: an eighth of the memory."""
+    """Returns the output size from which written pages are dropped: an eighth of the memory."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
     except (ValueError, OSError):

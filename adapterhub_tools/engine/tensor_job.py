@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterhub_tools import registry
-from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers, load_whole, matrix_shape, memory_of, torch_dtype
+from adapterhub_tools.engine.buffers import (
+    CHUNK_BYTES,
+    Buffers,
+    load_whole,
+    matrix_shape,
+    memory_of,
+    torch_dtype,
+)
 from adapterhub_tools.errors import AdapterError, FormatError, LossyError
 from adapterhub_tools.linalg.formats import FORMATS
 from adapterhub_tools.linalg.low_rank import LowRankSum
@@ -153,7 +160,9 @@ def _expression(step: Step, rows: int, around: Surroundings) -> LowRankSum:
     terms = []
     for term in step.terms:
         method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
-        factors = {role: load_whole(around.open_source(item.uri), item) for role, item in term.factors.items()}
+        factors = {
+            role: load_whole(around.open_source(item.uri), item) for role, item in term.factors.items()
+        }
         place = term.placement
         terms.append(
             method.prepare(

@@ -1,7 +1,8 @@
 """Sums and products without rounding error, vectorised: x = high + low, and a bound on what is still missing.
 
-Each function is exact by Knuth's two-sum and Dekker's two-product (Ogita, Rump and Oishi 2005, "Accurate sum and dot
-product", algorithms 3.1 and 3.3), as long as nothing over- or underflows; ``in_safe_range`` says when that holds.
+Each function is exact by Knuth's two-sum and Dekker's two-product (Ogita, Rump and Oishi 2005, "Accurate
+sum and dot product", algorithms 3.1 and 3.3), as long as nothing over- or underflows; ``in_safe_range``
+says when that holds.
 """
 
 from __future__ import annotations

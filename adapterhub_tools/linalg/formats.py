@@ -50,16 +50,40 @@ FORMATS: dict[str, FloatFormat] = {
     f.name: f
     for f in (
         FloatFormat(
-            name="F64", bits=64, precision=53, min_exponent=-1074, max_exponent=1024, numpy_bits="u8", torch_name="float64"
+            name="F64",
+            bits=64,
+            precision=53,
+            min_exponent=-1074,
+            max_exponent=1024,
+            numpy_bits="u8",
+            torch_name="float64",
         ),
         FloatFormat(
-            name="F32", bits=32, precision=24, min_exponent=-149, max_exponent=128, numpy_bits="u4", torch_name="float32"
+            name="F32",
+            bits=32,
+            precision=24,
+            min_exponent=-149,
+            max_exponent=128,
+            numpy_bits="u4",
+            torch_name="float32",
         ),
         FloatFormat(
-            name="BF16", bits=16, precision=8, min_exponent=-133, max_exponent=128, numpy_bits="u2", torch_name="bfloat16"
+            name="BF16",
+            bits=16,
+            precision=8,
+            min_exponent=-133,
+            max_exponent=128,
+            numpy_bits="u2",
+            torch_name="bfloat16",
         ),
         FloatFormat(
-            name="F16", bits=16, precision=11, min_exponent=-24, max_exponent=16, numpy_bits="u2", torch_name="float16"
+            name="F16",
+            bits=16,
+            precision=11,
+            min_exponent=-24,
+            max_exponent=16,
+            numpy_bits="u2",
+            torch_name="float16",
         ),
     )
 }

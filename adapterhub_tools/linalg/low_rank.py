@@ -68,14 +68,20 @@ class LowRankSum:
         self._rights = [term.right.to(device) for term in self.terms]
         bounds = np.zeros(rows)
         for term in self.terms:
-            peaks = term.right.abs().amax(dim=1) if term.right.shape[1] else term.right.new_zeros(term.right.shape[0])
-            # In float64 through numpy: a matrix-vector product, no copy of the left factor beyond its absolute value.
+            peaks = (
+                term.right.abs().amax(dim=1)
+                if term.right.shape[1]
+                else term.right.new_zeros(term.right.shape[0])
+            )
+            # In float64 through numpy: a matrix-vector product, no copy of the left factor beyond its
+            # absolute value.
             bound = (term.left.abs() @ peaks).numpy() * abs(float(term.scale))
             bounds[term.row : term.row_end] += bound * _SLACK
         self.bounds: F64Array = bounds
         """For each row, at least Σ |s|·Σ_k |L|·|R| at every column."""
         inner = sum(int(term.left.shape[1]) for term in self.terms)
-        # Roundings of one element: s (2), s·L (1), the products and sums (k + 1 per term), whatever their order.
+        # Roundings of one element: s (2), s·L (1), the products and sums (k + 1 per term), whatever their
+        # order.
         roundings = inner + 4 * len(self.terms) + 2
         self.unit = roundings * 2.0**-53 * _SLACK
         """Relative error of an evaluation: |computed − x| <= unit · (|computed| + 2·bound)."""
@@ -111,7 +117,10 @@ class LowRankSum:
         safe = in_safe_range(start)
         for term in self.terms:
             inside = np.flatnonzero(
-                (rows >= term.row) & (rows < term.row_end) & (columns >= term.column) & (columns < term.column_end)
+                (rows >= term.row)
+                & (rows < term.row_end)
+                & (columns >= term.column)
+                & (columns < term.column_end)
             )
             if not len(inside):
                 continue
@@ -127,7 +136,9 @@ class LowRankSum:
             bits = _round(delta.high, delta.low, to)
             lower = _round(*two_sum(delta.high, delta.low - delta.missing), to)
             upper = _round(*two_sum(delta.high, delta.low + delta.missing), to)
-        undecided = ~safe | ~np.isfinite(delta.high) | ((delta.missing != 0) & ((lower != bits) | (upper != bits)))
+        undecided = (
+            ~safe | ~np.isfinite(delta.high) | ((delta.missing != 0) & ((lower != bits) | (upper != bits)))
+        )
         for point in np.flatnonzero(undecided):
             bits[point] = self._exact_point(int(rows[point]), int(columns[point]), float(start[point]), to)
         minus = bits.dtype.type(1 << (to.bits - 1))

@@ -1,10 +1,11 @@
-"""Correctly rounded blocks: evaluate in float64, find the few results that this cannot decide, decide those exactly.
+"""Correctly rounded blocks: evaluate in float64, find what that cannot decide, decide those points exactly.
 
-Rounding to a format d is monotone, so a binary64 result y with |y − x| <= E rounds like the exact x unless a boundary
-of d lies within E of y. For bfloat16 and float16 the boundaries are binary32 numbers: if the binary32 nearest to y is
-not one of them, y is at least half a binary32 unit away from every one, which is far more than E unless y is small
-against the terms that cancelled in it. So two integer scans find every suspect: the pattern of a tie in the low bits,
-and a magnitude below a threshold. For float32, y − E and y + E are rounded and compared.
+Rounding to a format d is monotone, so a binary64 result y with |y − x| <= E rounds like the exact x unless a
+boundary of d lies within E of y. For bfloat16 and float16 the boundaries are binary32 numbers: if the binary32
+nearest to y is not one of them, y is at least half a binary32 unit away from every one, which is far more than
+E unless y is small against the terms that cancelled in it. So two integer scans find every suspect: the pattern
+of a tie in the low bits, and a magnitude below a threshold. For float32, y − E and y + E are rounded and
+compared.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class BlockRounder:
         for first in range(0, n, self._rows):
             last = min(n, first + self._rows)
             self._round_block(start[first:last], out[first:last], row + first, first, suspects)
-        return self._resolve(start, out, row, suspects)
+        return self._resolve(out, row, suspects)
 
     def _round_block(self, start: Tensor, out: Tensor, row: int, local: int, suspects: _Suspects) -> None:
         count = int(start.shape[0])
@@ -151,7 +152,8 @@ class BlockRounder:
         np.equal(integers, _MIN_INT32, out=flags)
         if self._to.name == "F16":
             _flag_subnormal_ties(values, flags)
-        # Twice the magnitude drops the sign; the unsigned wrap makes one comparison of "at most small or not finite".
+        # Twice the magnitude drops the sign; the unsigned wrap makes one comparison of "at most small or
+        # not finite".
         magnitudes, small_flags = self._magnitudes[:count], self._small_flags[:count]
         np.left_shift(_bits(out, self._to), 1, out=magnitudes)
         offset = 2 * small + 1
@@ -182,7 +184,7 @@ class BlockRounder:
         flat = start.reshape(-1)[torch.from_numpy(index.astype(np.int64))]
         suspects.start.append(flat.to(torch.float64).numpy())
 
-    def _resolve(self, start: Tensor, out: Tensor, row: int, suspects: _Suspects) -> NonFinite | None:
+    def _resolve(self, out: Tensor, row: int, suspects: _Suspects) -> NonFinite | None:
         if not suspects.rows:
             return None
         rows, columns = np.concatenate(suspects.rows), np.concatenate(suspects.columns)
@@ -204,7 +206,9 @@ class BlockRounder:
             if len(beyond):
                 at = int(beyond[0])
                 return NonFinite(
-                    row=row + int(rows[part][at]), column=int(columns[part][at]), start=float(values[part][at])
+                    row=row + int(rows[part][at]),
+                    column=int(columns[part][at]),
+                    start=float(values[part][at]),
                 )
         return None
 

@@ -1,8 +1,9 @@
 """Numbers of the form c·√d: the scaling of an adapter, exactly.
 
-alpha / rank is rational, alpha / √rank (rsLoRA, arXiv:2312.03732) need not be. Both are c·√d with a rational c and a
-square-free d, and sums of them can be compared and rounded exactly: square roots of different square-free numbers
-are linearly independent over the rationals (Besicovitch 1940), so such a sum is zero only if each part is.
+alpha / rank is rational, alpha / √rank (rsLoRA, arXiv:2312.03732) need not be. Both are c·√d with a
+rational c and a square-free d, and sums of them can be compared and rounded exactly: square roots of
+different square-free numbers are linearly independent over the rationals (Besicovitch 1940), so such a sum
+is zero only if each part is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Surd:
         return cls(coefficient=coefficient * outside, radicand=inside)
 
     def as_double_double(self) -> tuple[float, float, float]:
-        """Returns (high, low, bound) with |value − (high + low)| <= bound; the bound is 0 where that is exact."""
+        """Returns (high, low, bound) with |value − (high + low)| <= bound, 0 where exact."""
         if self.radicand == 1:
             exact = self.coefficient
         else:
@@ -101,7 +102,9 @@ def round_surd_sum(parts: list[tuple[Fraction, int]], to: FloatFormat) -> tuple[
                 low, high = low + coefficient, high + coefficient
                 continue
             root = isqrt(radicand << (2 * precision))
-            ends = sorted((coefficient * root / (1 << precision), coefficient * (root + 1) / (1 << precision)))
+            ends = sorted(
+                (coefficient * root / (1 << precision), coefficient * (root + 1) / (1 << precision))
+            )
             low, high = low + ends[0], high + ends[1]
         if low * high > 0 and round_fraction(low, to) == round_fraction(high, to):
             return round_fraction(low, to), 1 if low > 0 else -1

@@ -1,7 +1,8 @@
 """LoRA: W' = W + s·B·A, with s = alpha / rank, or alpha / √rank for rsLoRA.
 
-Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 and §4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. Convolutions
-and embeddings as in PEFT (peft/tuners/lora/layer.py, ``_ConvNd.get_delta_weight``, ``Embedding.get_delta_weight``).
+Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 and §4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+Convolutions and embeddings as in PEFT (peft/tuners/lora/layer.py, ``_ConvNd.get_delta_weight``,
+``Embedding.get_delta_weight``).
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ class LoRA:
 
     @property
     def scale(self) -> Surd:
-        """s times the multiplier, exactly."""
+        """S times the multiplier, exactly."""
         return scaling_of(self.alpha, self.rank, self.scaling, self.multiplier)
 
-    def check(self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str) -> tuple[Problem, ...]:
+    def check(
+        self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str
+    ) -> tuple[Problem, ...]:
         """Compares the factors' shapes with the base weight's.
 
         Args:
@@ -79,11 +82,13 @@ class LoRA:
             ),
         )
 
-    def prepare(self, factors: Mapping[str, Tensor], *, kind: str, row: int = 0, column: int = 0) -> LowRankTerm:
+    def prepare(
+        self, factors: Mapping[str, Tensor], *, kind: str, row: int = 0, column: int = 0
+    ) -> LowRankTerm:
         """Returns the delta s·B·A of a weight, or s·b of a bias, as a product in the stored layout.
 
-        Shapes: A (rank, in, …) and B (out, rank, …) give (out, in·…); for ``conv1d`` and ``embedding``, which are
-        stored transposed, (in, out). A factor ``"bias"`` (out,) alone gives (out, 1).
+        Shapes: A (rank, in, …) and B (out, rank, …) give (out, in·…); for ``conv1d`` and ``embedding``,
+        which are stored transposed, (in, out). A factor ``"bias"`` (out,) alone gives (out, 1).
         Dtype:  any float in; float64 factors out.
         Memory: 8 bytes per value of the factors.
         """
@@ -124,4 +129,3 @@ def product_shape(a: tuple[int, ...], b: tuple[int, ...], kind: str) -> tuple[in
     if kind in TRANSPOSED:
         return (a[1], b[0])
     return (b[0], *a[1:])
-

@@ -15,7 +15,8 @@ from adapterhub_tools.model.tensor import TensorSpec
 KINDS = ("linear", "conv1d", "conv2d", "convnd", "embedding", "expert", "unknown")
 """Kinds of target module.
 
-``linear`` stores its weight as (out, in); ``conv1d`` is the Conv1D of GPT-2, a linear layer stored as (in, out);
+``linear`` stores its weight as (out, in); ``conv1d`` is the Conv1D of GPT-2, a linear layer stored as (in,
+out);
 ``conv2d`` is (out, in/groups, kh, kw); ``convnd`` a convolution over one or three axes; ``embedding`` is
 (rows, width); ``expert`` is a slice of a three-dimensional parameter.
 """
@@ -23,8 +24,9 @@ KINDS = ("linear", "conv1d", "conv2d", "convnd", "embedding", "expert", "unknown
 FULL_ROLES = ("modules_to_save", "bias", "saved_embedding", "token_rows", "base_bias")
 """Why an adapter carries a tensor in full.
 
-``modules_to_save``: a module trained whole. ``bias``: a bias trained beside the factors. ``saved_embedding``: an
-embedding stored because it was resized or targeted. ``token_rows``: new values of some rows (trainable tokens).
+``modules_to_save``: a module trained whole. ``bias``: a bias trained beside the factors.
+``saved_embedding``: an embedding stored because it was resized or targeted. ``token_rows``: new values of
+some rows (trainable tokens).
 """
 
 
@@ -36,7 +38,8 @@ class TargetModule:
         path: the module's path in memory, such as ``"model.layers.0.self_attn.q_proj"``.
         method: the method's name, such as ``"lora"``.
         kind: one of KINDS, as far as the adapter's own files tell; the base decides what they leave open.
-        hparams: the module's own hyperparameters, patterns resolved: ``rank``, ``alpha``, ``scaling`` and others.
+        hparams: the module's own hyperparameters, patterns resolved: ``rank``, ``alpha``, ``scaling`` and
+            others.
         factors: role -> tensor in the adapter's file: ``"A"``, ``"B"``, ``"bias"``, ``"magnitude"``.
         base_shape: the shape of the base weight, where the base is known.
     """
@@ -127,7 +130,8 @@ class Adapter:
         modules: the target modules, ordered by path.
         full: the tensors carried in full, ordered by target.
         base: the base it was trained on, as far as its files say.
-        blockers: why it cannot be merged, if so, as ``(kind, message, remedy)``; empty when nothing stands against it.
+        blockers: why it cannot be merged, if so, as ``(kind, message, remedy)``; empty when nothing stands
+            against it.
         notes: what was resolved by rule while reading, for the report.
         unparsed: tensors and config fields that were understood by name only, kept for a lossless round trip.
         ties: True if the config asks that tied embeddings stay tied (``ensure_weight_tying``).

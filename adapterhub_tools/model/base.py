@@ -17,6 +17,7 @@ class BaseRef:
         revision: the commit or tag.
         architecture: the model type of its config, such as ``"llama"``.
         dtype: the safetensors dtype of most of its weights, such as ``"BF16"``.
+        parameters: the number of values of all its tensors.
         digest: the content digest of all tensors, ``"tensor-tree-blake3-v1:<hex>"``.
         targets_digest: the content digest of the adapter's target tensors alone.
         config_digest: the digest of its config, ``"config-sha256-v1:<hex>"``.
@@ -28,6 +29,7 @@ class BaseRef:
     revision: str | None = None
     architecture: str | None = None
     dtype: str | None = None
+    parameters: int | None = None
     digest: str | None = None
     targets_digest: str | None = None
     config_digest: str | None = None

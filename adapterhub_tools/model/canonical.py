@@ -1,8 +1,8 @@
 """Canonical JSON: one text for one value, so that equal records are equal bytes.
 
-Rules (docs/manifest.md, "Canonical JSON"): object keys sorted by code point, UTF-8 without escapes beyond those
-that JSON requires, two-space indent, final newline, integers bare, floats in their shortest form that reads back
-to the same binary64, no NaN and no infinity.
+Rules (docs/manifest.md, "Canonical JSON"): object keys sorted by code point, UTF-8 without escapes beyond
+those that JSON requires, two-space indent, final newline, integers bare, floats in their shortest form that
+reads back to the same binary64, no NaN and no infinity.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ class Manifest:
         files = tuple(FileRecord.read(item) for item in fields.objects("files", required=True))
         _refuse_repeated_files(fields, files)
         training = fields.mapping("training") or {}
-        _check_training(fields.nested(training, "training"))
+        check_training(fields.nested(training, "training"))
         metrics = fields.mapping("metrics") or {}
         _check_metrics(fields.nested(metrics, "metrics"))
         manifest = cls(
@@ -304,7 +304,7 @@ def _refuse_repeated_files(fields: Fields, files: tuple[FileRecord, ...]) -> Non
         seen.add(item.path)
 
 
-def _check_training(fields: Fields) -> None:
+def check_training(fields: Fields) -> None:
     """Checks the training facts that have a meaning; other fields are free."""
     fields.text("optimizer")
     ratio = fields.number("lora_plus_ratio")

@@ -14,7 +14,7 @@ from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.json_fields import Fields
 from adapterhub_tools.model.tensor import DTYPE_BITS, TensorSpec
 
-SCALINGS = ("alpha/rank", "alpha/sqrt(rank)")
+SCALINGS = ("alpha/rank", "alpha/sqrt(rank)", "alpha")
 """The rules by which rank and alpha give the effective scale."""
 
 TENSOR_DIGEST = re.compile(r"tensor-tree-(blake3|sha256)-v1:[0-9a-f]{64}")
@@ -57,7 +57,7 @@ def read_adapter(method: Fields, targets: Fields, base: BaseRef | None) -> Adapt
     full = tuple(_full(item) for item in targets.objects("full", required=True))
     ties = targets.boolean("ties_embeddings")
     targets.refuse_rest()
-    _refuse_repeats(targets, "modules", [m.path for m in modules], "the module path")
+    _refuse_repeats(targets, "modules", [_place(m) for m in modules], "the module")
     _refuse_repeats(targets, "full", [f"{f.target}: {f.role}" for f in full], "the tensor")
     return Adapter(
         dialect=dialect, method=name, hparams=hparams, modules=modules, full=full, base=base, ties=bool(ties)
@@ -75,6 +75,7 @@ def read_base(fields: Fields) -> tuple[BaseRef, dict[str, Any]]:
         revision=fields.text("revision"),
         architecture=fields.text("architecture"),
         dtype=_dtype(fields, "dtype", required=False),
+        parameters=fields.integer("parameters"),
         digest=fields.text("digest", pattern=TENSOR_DIGEST),
         targets_digest=fields.text("targets_digest", pattern=TENSOR_DIGEST),
         config_digest=fields.text("config_digest", pattern=CONFIG_DIGEST),
@@ -156,6 +157,11 @@ def _dtype(fields: Fields, name: str, *, required: bool) -> str | None:
         return found
     fields.complain("dtype", f"is {found!r}, expected a safetensors dtype such as 'BF16'.", at=name)
     return None
+
+
+def _place(module: TargetModule) -> str:
+    """What tells a module from others; several may be nested on one path."""
+    return f"{module.path}@{module.hparams.get('nesting', 0)}"
 
 
 def _refuse_repeats(fields: Fields, array: str, keys: list[str], what: str) -> None:

@@ -1,7 +1,7 @@
 """A plan of work: independent steps, one for each output tensor, that are plain JSON.
 
-Threads of this process run them here; another process or another machine may run the same step and must give the
-same bytes. A step holds no tensors, no pickles and no credentials.
+Threads of this process run them here; another process or another machine may run the same step and must
+give the same bytes. A step holds no tensors, no pickles and no credentials.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Placement:
         rows: the half-open row range, or None for all: several modules may share one tensor (fused QKV).
         columns: likewise for columns.
         expert: the index along the first axis of a three-dimensional parameter, or None.
-        transposed: True where the tensor is stored as (in, out): Conv1D, and the (rows, width) of an embedding,
-            whose low-rank product is (width, rows).
+        transposed: True where the tensor is stored as (in, out): Conv1D, and the (rows, width) of an
+            embedding, whose low-rank product is (width, rows).
     """
 
     base_tensor: str

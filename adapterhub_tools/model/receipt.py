@@ -1,4 +1,4 @@
-"""The receipt of a merge: what went in, what was asked, what came out. It is the same wherever the merge runs.
+"""The receipt of a merge: what went in, what was asked, what came out; the same wherever the merge runs.
 
 No time, path, host, device or thread count: two merges that must be equal have equal receipts, byte for byte.
 Specified in docs/receipt.md and ``schema/merge-receipt-1.0.schema.json``.

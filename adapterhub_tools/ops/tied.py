@@ -1,7 +1,8 @@
 """Tied embeddings: a base that keeps one tensor for its input embedding and its output head.
 
-An adapter that changes one of the pair needs both written out: changing the shared tensor would change the other side
-too, and a config that still says "tied" would throw the change away on loading (huggingface/peft#2018, #2777).
+An adapter that changes one of the pair needs both written out: changing the shared tensor would change the
+other side too, and a config that still says "tied" would throw the change away on loading
+(huggingface/peft#2018, #2777).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 from adapterhub_tools.architectures import Architecture
 from adapterhub_tools.store.checkpoint import Checkpoint
 
-_HEADS = re.compile(r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|ForSpeechSeq2Seq|ImageTextToText")
+_HEADS = re.compile(
+    r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|ForSpeechSeq2Seq|ImageTextToText"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,28 +47,33 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def find_tie(checkpoint: Checkpoint, architecture: Architecture) -> Tie | None:
+def says_tied(config: dict[str, Any]) -> bool | None:
+    """Returns what a config says about its embeddings; None if it says nothing."""
+    declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+    return None if declared is None else bool(declared)
+
+
+def find_tie(checkpoint: Checkpoint, architecture: Architecture | None) -> Tie | None:
     """Returns the tied pair of a base, or None where its embeddings are not tied or it has no head."""
     config = checkpoint.config or {}
-    if not architecture.input_embedding or not architecture.output_embedding:
+    if architecture is None or not architecture.input_embedding or not architecture.output_embedding:
         return None
-    declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
+    declared = says_tied(config)
     if not (architecture.tied_default if declared is None else declared):
         return None
     stored = checkpoint.tensors
-    names = [f"{architecture.input_embedding}.weight"]
-    if architecture.base_prefix:
-        names.append(names[0].removeprefix(f"{architecture.base_prefix}."))
-    found = [name for name in names if name in stored]
-    if not found:
+    inner, output = f"{architecture.input_embedding}.weight", f"{architecture.output_embedding}.weight"
+    names = (inner, inner.removeprefix(f"{architecture.base_prefix}."))
+    found = next((name for name in names if name in stored), None)
+    if found is None:
         return None
-    output = f"{architecture.output_embedding}.weight"
     classes = config.get("architectures") or []
     if output not in stored and classes and not any(_HEADS.search(str(name)) for name in classes):
         return None
+    others = {name for group in architecture.tied for name in group} - {inner, output}
     return Tie(
-        input_name=found[0],
+        input_name=found,
         output_module=architecture.output_embedding,
         output_stored=output in stored,
-        others=tuple(architecture.other_tied_names),
+        others=tuple(sorted(others)),
     )

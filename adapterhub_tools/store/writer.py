@@ -1,9 +1,9 @@
 """Writing large files at given offsets without filling the page cache.
 
-The kernel lets dirty pages pile up and then makes the writer pay for them all at once; on a file of several gigabytes
-most of a merge's time went there. Starting the write-back of each range as soon as it is written, and dropping the
-pages once they are on the disk, keeps the cost flat (benchmarks/merge.py). Both calls are optional: where the platform
-lacks them, writing works the same and fsync does the rest.
+The kernel lets dirty pages pile up and then makes the writer pay for them all at once; on a file of several
+gigabytes most of a merge's time went there. Starting the write-back of each range as soon as it is written,
+and dropping the pages once they are on the disk, keeps the cost flat (benchmarks/merge.py). Both calls are
+optional: where the platform lacks them, writing works the same and fsync does the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _load_sync_file_range() -> ctypes._CFuncPtr | None:  # type: ignore[name-def
     function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if function is not None:
         function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 _SYNC_FILE_RANGE = _load_sync_file_range()
@@ -75,7 +75,9 @@ class RangeWriter:
         while len(view):
             done = os.pwrite(self._fd, view, at)
             if done == 0:
-                raise StoreError.of("write", "the system wrote nothing.", file=str(self.path), remedy="Try again.")
+                raise StoreError.of(
+                    "write", "the system wrote nothing.", file=str(self.path), remedy="Try again."
+                )
             view, at = view[done:], at + done
         if _SYNC_FILE_RANGE is None:
             return

@@ -1,0 +1,92 @@
+"""Compares the base of a merge with what the adapters' manifests record of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adapterhub_tools.errors import IntegrityError, UnsupportedError
+from adapterhub_tools.model.receipt import ReceiptBase
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.ops.merge_options import MergeOptions
+from adapterhub_tools.ops.merge_parts import Part
+from adapterhub_tools.ops.merge_plan import MergePlan
+from adapterhub_tools.store.checkpoint import Checkpoint
+from adapterhub_tools.store.digest import DEFAULT, config_digest, root_digest, split_digest
+
+
+def recorded_algorithm(opened: Sequence[OpenedAdapter]) -> str:
+    """Returns the digest algorithm that the manifests use; they must agree."""
+    found = set()
+    for item in opened:
+        if item.manifest is not None:
+            for digest in (item.manifest.base.digest, item.manifest.base.targets_digest):
+                if digest is not None:
+                    found.add(split_digest(digest)[0])
+    if len(found) > 1:
+        raise UnsupportedError.of(
+            "digest-algorithms",
+            f"the manifests record the base with different algorithms ({', '.join(sorted(found))}).",
+            remedy="Write one of the manifests again with `adaptertool init --replace`.",
+        )
+    return found.pop() if found else DEFAULT
+
+
+def check_config(opened: Sequence[OpenedAdapter], checkpoint: Checkpoint, options: MergeOptions) -> None:
+    """Compares the base's config with the manifests' records: with another rope it is another model."""
+    if options.check_base == "off" or checkpoint.config is None:
+        return
+    found = config_digest(checkpoint.config)
+    for item in opened:
+        recorded = None if item.manifest is None else item.manifest.base.config_digest
+        if recorded is not None and recorded != found:
+            raise IntegrityError.of(
+                "base-config",
+                f"the base's config is {found}, but the adapter's manifest records {recorded}.",
+                file=checkpoint.config_file or "",
+                remedy="Use the base that the adapter was trained on, or --check-base off.",
+            )
+
+
+def compare_base(
+    digests: dict[str, bytes],
+    planned: MergePlan,
+    parts: Sequence[Part],
+    checkpoint: Checkpoint,
+    options: MergeOptions,
+    algorithm: str,
+) -> ReceiptBase:
+    """Compares the digests of what was read with the manifests' records.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    full = root_digest(algorithm, digests) if options.check_base == "full" else None
+    targets = None
+    if options.check_base != "off":
+        targets = root_digest(algorithm, {name: digests[name] for name in planned.targets})
+    recorded = False
+    for part in parts:
+        manifest = part.opened.manifest
+        if manifest is None or options.check_base == "off":
+            continue
+        own = root_digest(algorithm, {name: digests[name] for name in part.fit.target_names})
+        pairs: list[tuple[str, str | None, str | None]] = [
+            ("base-targets", manifest.base.targets_digest, own)
+        ]
+        if options.check_base == "full":
+            pairs.insert(0, ("base", manifest.base.digest, full))
+        for kind, expected, found in pairs:
+            if expected is None:
+                continue
+            recorded = True
+            if expected != found:
+                raise IntegrityError.of(
+                    kind,
+                    f"this base is {found}, but the adapter's manifest records {expected}.",
+                    file=str(checkpoint.root),
+                    loc=part.label,
+                    remedy=f"Use the base it was trained on ({manifest.base.id or 'id not recorded'}).",
+                )
+    checked = options.check_base if recorded or options.check_base == "off" else "unrecorded"
+    config = None if checkpoint.config is None else config_digest(checkpoint.config)
+    return ReceiptBase(digest=full, targets_digest=targets, config_digest=config, checked=checked)

@@ -1,0 +1,76 @@
+"""What can be asked of a merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from adapterhub_tools.errors import MismatchError
+from adapterhub_tools.model.tensor import DTYPE_NAMES
+
+CHECKS = ("full", "targets", "off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """The options of a merge; each is a flag of the same name on the command line.
+
+    Attributes:
+        scales: a factor on each adapter's delta, one for each or one for all; empty means 1.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"`` for every floating-point tensor
+            of the output; None keeps the base's.
+        replace: True to replace an existing output folder, atomically.
+        allow_replace_gap: True to allow that on a file system that cannot exchange two folders at once.
+        device: ``"auto"`` (the CPU), ``"cpu"`` or ``"cuda"``; the bytes are the same.
+        threads: the number of workers; None takes the processors that this process may use, at most 8.
+        dry_run: True to plan and check without writing.
+        check_base: ``"full"`` compares the digest of the whole base with the manifest's record,
+            ``"targets"`` only that of the tensors to change, ``"off"`` nothing.
+        accept_embeddings: True to let an adapter replace embeddings that its config does not mention.
+        adapter_tokenizer: True to write the adapter's tokenizer and chat template instead of the base's.
+    """
+
+    scales: tuple[float, ...] = ()
+    dtype: str | None = None
+    replace: bool = False
+    allow_replace_gap: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    dry_run: bool = False
+    check_base: str = "full"
+    accept_embeddings: bool = False
+    adapter_tokenizer: bool = False
+
+    def scale_of_each(self, adapters: int) -> tuple[float, ...]:
+        """Returns one factor for each of so many adapters.
+
+        Raises:
+            MismatchError: their number is neither 0, 1 nor the number of adapters, or one is not finite.
+        """
+        if not all(isfinite(scale) for scale in self.scales):
+            raise MismatchError.of("scale", "a scale must be a finite number.", loc="--scale")
+        if len(self.scales) in (0, 1):
+            return (self.scales or (1.0,)) * adapters
+        if len(self.scales) != adapters:
+            raise MismatchError.of(
+                "scale",
+                f"{len(self.scales)} scales were given for {adapters} adapters.",
+                loc="--scale",
+                remedy="Give one for all, or one for each in their order.",
+            )
+        return self.scales
+
+    def check_values(self) -> None:
+        """Refuses values that no option has.
+
+        Raises:
+            ValueError: a value outside the documented ones; the command line refuses it earlier.
+        """
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, not {self.dtype!r}")
+        if self.check_base not in CHECKS:
+            raise ValueError(f"check_base must be one of {', '.join(CHECKS)}, not {self.check_base!r}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, not {self.device!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError("threads must be at least 1")

@@ -1,0 +1,256 @@
+"""From adapters that fit a base to a plan: what each output tensor is made of, and where it goes.
+
+Everything that can be known without the tensors' data is decided and checked here, before anything is
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adapterhub_tools.errors import MismatchError, Problem
+from adapterhub_tools.model.plan import ByteRange, OutputFile, Placement, Plan, RowPatch, Step, Term
+from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
+from adapterhub_tools.ops.merge_options import MergeOptions
+from adapterhub_tools.ops.merge_parts import Change, Part
+from adapterhub_tools.ops.tied_plan import Ties, settle_ties
+from adapterhub_tools.store.checkpoint import Checkpoint
+from adapterhub_tools.store.files import LocalFile
+from adapterhub_tools.store.layout import build_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """A plan and what the merge needs around it.
+
+    Attributes:
+        plan: the steps.
+        sources: uri -> how to open it.
+        ties: what became of tied embeddings.
+        rows: the number of rows of a resized vocabulary, or None.
+        added: tensors that the base does not have.
+        targets: the base tensors that are changed.
+    """
+
+    plan: Plan
+    sources: dict[str, Callable[[], LocalFile]]
+    ties: Ties
+    rows: int | None
+    added: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+def plan_merge(
+    checkpoint: Checkpoint,
+    parts: Sequence[Part],
+    options: MergeOptions,
+    peak: Callable[[tuple[Step, ...]], int],
+) -> MergePlan:
+    """Plans a merge.
+
+    Args:
+        checkpoint: the base.
+        parts: the adapters, each fitted without problems.
+        options: what was asked.
+        peak: steps -> bytes of memory for their buffers.
+
+    Raises:
+        MismatchError: two adapters replace one tensor differently, or the vocabulary grows on one side only.
+        UnsupportedError: tied embeddings of a sort that cannot be untied.
+    """
+    changes: dict[str, Change] = {}
+    problems: list[Problem] = []
+    for part in parts:
+        _add_terms(part, changes)
+        _add_full(part, changes, problems)
+    if problems:
+        raise MismatchError(*problems)
+    base_range = _BaseRanges(checkpoint)
+    ties = settle_ties(parts, changes, base_range)
+    rows = _grown_rows(checkpoint, parts, changes, ties)
+    steps, files = _lay_out(checkpoint, changes, options, base_range)
+    read = {step.base_name for step in steps if step.base_name is not None}
+    targets = sorted({n for part in parts for n in part.fit.target_names if n in checkpoint.tensors})
+    wanted = {"full": list(checkpoint.tensors), "targets": targets, "off": []}[options.check_base]
+    sources: dict[str, Callable[[], LocalFile]] = {part.uri: part.open for part in parts}
+    for file in checkpoint.files:
+        sources[str(checkpoint.paths[file])] = _opener(checkpoint, file)
+    return MergePlan(
+        plan=Plan(
+            steps=steps,
+            files=files,
+            peak_bytes=peak(steps),
+            digest_only=tuple(base_range(name) for name in wanted if name not in read),
+        ),
+        sources=sources,
+        ties=ties,
+        rows=rows,
+        added=tuple(name for name in changes if name not in checkpoint.tensors),
+        targets=tuple(targets),
+    )
+
+
+class _BaseRanges:
+    """Name of a base tensor -> its bytes."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, name: str) -> ByteRange:
+        stored = self._checkpoint.tensors[name]
+        return ByteRange(uri=str(self._checkpoint.paths[stored.file]), offset=stored.offset, spec=stored.spec)
+
+
+def _opener(checkpoint: Checkpoint, file: str) -> Callable[[], LocalFile]:
+    return lambda: checkpoint.open(file)
+
+
+def _add_terms(part: Part, changes: dict[str, Change]) -> None:
+    for module in part.fit.modules:
+        place = part.fit.placements[module.path]
+        hparams = {**module.hparams, "multiplier": part.scale, "kind": module.kind}
+        weight = {role: part.range_of(spec) for role, spec in module.factors.items() if role != "bias"}
+        term = Term(
+            module=module.path, method=module.method, hparams=hparams, factors=weight, placement=place
+        )
+        changes.setdefault(place.base_tensor, Change()).terms.append(term)
+        if module.path in part.fit.biases:
+            name = part.fit.biases[module.path]
+            term = Term(
+                module=module.path,
+                method=module.method,
+                hparams=hparams,
+                factors={"bias": part.range_of(module.factors["bias"])},
+                placement=Placement(base_tensor=name),
+            )
+            changes.setdefault(name, Change()).terms.append(term)
+
+
+def _add_full(part: Part, changes: dict[str, Change], problems: list[Problem]) -> None:
+    for item in part.fit.full:
+        change = changes.setdefault(item.base_tensor, Change())
+        source = part.range_of(item.full.tensor)
+        if item.full.rows is not None:
+            taken = change.patch is not None
+            change.patch = RowPatch(rows=item.full.rows, source=source)
+        else:
+            taken = change.start is not None
+            change.start = source
+        if taken:
+            problems.append(
+                Problem(
+                    kind="replaced-twice",
+                    file=part.label,
+                    loc=item.base_tensor,
+                    message="two of the adapters replace this tensor; only deltas can be added.",
+                    remedy="Merge one of them alone.",
+                )
+            )
+
+
+def _grown_rows(
+    checkpoint: Checkpoint, parts: Sequence[Part], changes: dict[str, Change], ties: Ties
+) -> int | None:
+    """Returns the rows of a resized vocabulary; its input and output sides must agree."""
+    grown = {i.base_tensor: i.full.tensor.shape[0] for part in parts for i in part.fit.full if i.grown}
+    if not grown:
+        return None
+    sizes = set(grown.values())
+    sides = {
+        name: _rows_after(name, checkpoint, changes) for name in (ties.input_name, ties.output_name) if name
+    }
+    sizes |= {rows for rows in sides.values() if rows is not None}
+    if len(sizes) > 1:
+        raise MismatchError.of(
+            "vocabulary",
+            f"the adapter resizes {', '.join(f'{n} to {r} rows' for n, r in grown.items())}, "
+            f"but the other side would keep {sorted(sizes - set(grown.values()))}.",
+            loc=next(iter(grown)),
+            remedy="Save the adapter with both embed_tokens and lm_head in modules_to_save.",
+        )
+    return sizes.pop()
+
+
+def _rows_after(name: str, checkpoint: Checkpoint, changes: dict[str, Change]) -> int | None:
+    change = changes.get(name)
+    if change is not None and change.start is not None:
+        return change.start.spec.shape[0]
+    return checkpoint.tensors[name].spec.shape[0] if name in checkpoint.tensors else None
+
+
+def _lay_out(
+    checkpoint: Checkpoint, changes: dict[str, Change], options: MergeOptions, base_range: _BaseRanges
+) -> tuple[tuple[Step, ...], tuple[OutputFile, ...]]:
+    """Keeps each tensor in its shard and order; what the base does not have ends the last shard."""
+    wanted = None if options.dtype is None else DTYPE_NAMES[options.dtype]
+    steps: list[Step] = []
+    files: list[OutputFile] = []
+    for file in checkpoint.files:
+        names = [name for name, stored in checkpoint.tensors.items() if stored.file == file]
+        if file == checkpoint.files[-1]:
+            names += [name for name in changes if name not in checkpoint.tensors]
+        drafts = [_draft(name, changes.get(name), checkpoint, base_range, wanted, file) for name in names]
+        header, offsets = build_file([draft.output for draft in drafts], {"format": "pt"})
+        placed = sorted(
+            (_place(draft, offsets[draft.output.name]) for draft in drafts), key=lambda s: s.offset
+        )
+        steps.extend(placed)
+        length = max((s.offset + s.output.nbytes for s in placed), default=len(header))
+        files.append(OutputFile(name=file, header=header, length=length))
+    return tuple(steps), tuple(files)
+
+
+def _place(step: Step, offset: int) -> Step:
+    return Step(
+        action=step.action,
+        start=step.start,
+        output=step.output,
+        file=step.file,
+        offset=offset,
+        terms=step.terms,
+        patch=step.patch,
+        base_name=step.base_name,
+    )
+
+
+def _draft(
+    name: str,
+    change: Change | None,
+    checkpoint: Checkpoint,
+    base_range: _BaseRanges,
+    wanted: str | None,
+    file: str,
+) -> Step:
+    start = change.start if change is not None and change.start is not None else base_range(name)
+    of_base = name in checkpoint.tensors and start == base_range(name)
+    own = checkpoint.tensors[name].spec.dtype if name in checkpoint.tensors else start.spec.dtype
+    dtype = wanted if wanted is not None and own in FLOAT_DTYPES else own
+    output = TensorSpec(name=name, dtype=dtype, shape=start.spec.shape)
+    if change is not None and (change.terms or change.patch is not None):
+        action = "merge"
+    elif not of_base and change is not None:
+        action = "replace"
+    elif dtype != start.spec.dtype:
+        action = "cast"
+    else:
+        action = "copy"
+    if start.spec.dtype not in FLOAT_DTYPES and action != "copy":
+        if start.spec.dtype != dtype or action == "merge":
+            raise MismatchError.of(
+                "dtype",
+                f"it would be written as {dtype}, but its values are {start.spec.dtype}.",
+                loc=start.spec.name,
+                remedy="Only floating-point tensors can be computed with.",
+            )
+        action = "copy"
+    return Step(
+        action=action,
+        start=start,
+        output=output,
+        file=file,
+        offset=0,
+        terms=tuple(change.terms) if change is not None else (),
+        patch=None if change is None else change.patch,
+        base_name=name if of_base else None,
+    )

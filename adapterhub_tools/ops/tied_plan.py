@@ -1,0 +1,123 @@
+"""What a merge does to tied embeddings: keep the tie where both sides stay equal, else write both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from adapterhub_tools.errors import UnsupportedError
+from adapterhub_tools.model.plan import ByteRange
+from adapterhub_tools.ops.merge_parts import Change, Part
+from adapterhub_tools.ops.tied import Tie
+
+_PIECE = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ties:
+    """The outcome.
+
+    Attributes:
+        input_name: the embedding's tensor, or None where nothing is tied.
+        output_name: the head's tensor, likewise.
+        untied: True if the output has both and its config must say so.
+        note: what was done, for the report; empty if nothing.
+    """
+
+    input_name: str | None = None
+    output_name: str | None = None
+    untied: bool = False
+    note: str = ""
+
+
+def settle_ties(
+    parts: Sequence[Part],
+    changes: dict[str, Change],
+    base_range: Callable[[str], ByteRange],
+) -> Ties:
+    """Decides about a tied pair and completes ``changes`` accordingly.
+
+    * Nothing touches the pair: it stays as it is.
+    * Only rows of the embedding are replaced (trainable tokens): PEFT shows them to both sides; the tie
+    stays.
+    * The adapter asks for tying (``ensure_weight_tying``) and changes one side: the change is the pair's.
+    * The adapter carries both sides in full and they are equal: the tie stays.
+    * Otherwise both tensors are written, the unchanged one with the values of the shared tensor.
+
+    Raises:
+        UnsupportedError: more than two tensors share the embedding.
+    """
+    tie = parts[0].fit.tie if parts else None
+    if tie is None or (tie.input_name not in changes and tie.output_name not in changes):
+        return Ties()
+    _refuse_others(tie)
+    inner, outer = changes.get(tie.input_name), changes.get(tie.output_name)
+    asks = all(part.opened.adapter.ties for part in parts if _touches(part, tie))
+    if inner is None and outer is not None and asks:
+        inner, outer = outer, None
+        changes[tie.input_name] = inner
+        del changes[tie.output_name]
+    if inner is not None and outer is None and (asks or (not inner.terms and inner.start is None)):
+        return _keep(tie, changes, inner, base_range, "the change is made to both")
+    if inner is not None and outer is not None and _equal_replacements(inner, outer, parts):
+        del changes[tie.output_name]
+        return _keep(tie, changes, inner, base_range, "the adapter carries both and they are equal")
+    if outer is None:
+        outer = changes.setdefault(tie.output_name, Change())
+    if outer.start is None:
+        # The head's values are those of the shared tensor, even if a stale copy is stored under its own name.
+        outer.start = base_range(tie.input_name)
+    return Ties(
+        input_name=tie.input_name,
+        output_name=tie.output_name,
+        untied=True,
+        note=f"untied: {tie.input_name} and {tie.output_name} differ now; both are written",
+    )
+
+
+def _refuse_others(tie: Tie) -> None:
+    if tie.others:
+        raise UnsupportedError.of(
+            "tied-unsupported",
+            f"the adapter changes an embedding that this base shares with {', '.join(tie.others)}.",
+            loc=tie.input_name,
+            remedy="Untie the base: load it, clone the weight, save it with tie_word_embeddings=false.",
+        )
+
+
+def _touches(part: Part, tie: Tie) -> bool:
+    names = {place.base_tensor for place in part.fit.placements.values()}
+    names |= {item.base_tensor for item in part.fit.full}
+    return bool(names & {tie.input_name, tie.output_name})
+
+
+def _keep(
+    tie: Tie, changes: dict[str, Change], inner: Change, base_range: Callable[[str], ByteRange], why: str
+) -> Ties:
+    if tie.output_stored:
+        start = inner.start or base_range(tie.input_name)
+        terms = [
+            replace(term, placement=replace(term.placement, base_tensor=tie.output_name))
+            for term in inner.terms
+        ]
+        changes[tie.output_name] = Change(start=start, terms=terms, patch=inner.patch)
+    return Ties(
+        input_name=tie.input_name,
+        output_name=tie.output_name if tie.output_stored else None,
+        note=f"{tie.input_name} stays tied to {tie.output_name}: {why}",
+    )
+
+
+def _equal_replacements(inner: Change, outer: Change, parts: Sequence[Part]) -> bool:
+    if inner.start is None or outer.start is None or inner.terms or outer.terms or inner.patch or outer.patch:
+        return False
+    first, second = inner.start, outer.start
+    if first.spec.shape != second.spec.shape or first.spec.dtype != second.spec.dtype:
+        return False
+    sources = {part.uri: part for part in parts}
+    with sources[first.uri].open() as left, sources[second.uri].open() as right:
+        for at in range(0, first.spec.nbytes, _PIECE):
+            size = min(_PIECE, first.spec.nbytes - at)
+            if left.read(first.offset + at, size) != right.read(second.offset + at, size):
+                return False
+    return True
