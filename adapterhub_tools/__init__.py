@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import FileRecord, HistoryEntry, HistoryInput, Manifest
     from adapterhub_tools.model.protocols import Progress, SilentProgress
     from adapterhub_tools.model.tensor import TensorSpec
+    from adapterhub_tools.ops.base_report import BaseReport
     from adapterhub_tools.ops.hash import ContentDigest
     from adapterhub_tools.ops.init import InitReport
-    from adapterhub_tools.ops.inspect import AdapterReport, BaseReport
+    from adapterhub_tools.ops.inspect import AdapterReport
     from adapterhub_tools.ops.merge import MergeReport
-    from adapterhub_tools.ops.validate import ValidationReport
+    from adapterhub_tools.ops.validation_report import ValidationReport
 
 __version__ = "0.1.0"
 
@@ -76,9 +77,10 @@ _HOMES = {
     "model.tensor": ("TensorSpec",),
     "ops.hash": ("ContentDigest",),
     "ops.init": ("InitReport",),
-    "ops.inspect": ("AdapterReport", "BaseReport"),
+    "ops.base_report": ("BaseReport",),
+    "ops.inspect": ("AdapterReport",),
     "ops.merge": ("MergeReport",),
-    "ops.validate": ("ValidationReport",),
+    "ops.validation_report": ("ValidationReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -44,9 +44,9 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Inspect, validate, hash and merge parameter-efficient adapters, on the files alone.
 
-    Exit codes: 0 done or passed; 1 checked and found problems; 2 wrong usage; 3 a file is not what it claims to
-    be; 4 not supported; 5 the adapter does not fit the base; 6 not exactly possible; 7 a digest differs; 8 could
-    not read or write; 10 could not check.
+    Exit codes: 0 done or passed; 1 checked and found problems; 2 wrong usage; 3 a file is not what it
+    claims to be; 4 not supported; 5 the adapter does not fit the base; 6 not exactly possible; 7 a digest
+    differs; 8 could not read or write; 10 could not check.
     """
 
 

@@ -1,7 +1,7 @@
 """What a command prints: tables for people, or one JSON object for programs.
 
-Tables are made by rich, which is loaded only when a table is printed and leaves colours out where ``NO_COLOR``
-is set or standard output is no terminal.
+Tables are made by rich, which is loaded only when a table is printed and leaves colours out where
+``NO_COLOR`` is set or standard output is no terminal.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _INTERVAL_SECONDS = 0.1
 
 
 def progress_for(output: Output) -> Progress:
-    """Returns a display if standard error is a terminal and text is wanted; otherwise one that shows nothing."""
+    """Returns a display if standard error is a terminal and text is wanted, else one that shows nothing."""
     if output.as_json or output.quiet or not sys.stderr.isatty():
         return SilentProgress()
     return TerminalProgress()

@@ -16,9 +16,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 class ToolCommand(click.Command):
     """A command that ends with the exit code of the error it raised.
 
-    The message goes to standard error; with ``--json`` the same content goes to standard output as JSON. Other
-    exceptions are errors of this program and are not hidden.
+    The message goes to standard error; with ``--json`` the same content goes to standard output as JSON.
+    Other exceptions are errors of this program and are not hidden.
+
+    Args:
+        example: a command line, shown in the help.
     """
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the description, then the example on a line that is never wrapped."""
+        super().format_help_text(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write(f"  Example:\n    {self.example}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""

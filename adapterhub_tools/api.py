@@ -1,0 +1,262 @@
+"""The Python face: the same verbs and words as the command line, on paths.
+
+Every function takes local paths, as text or ``pathlib.Path``. Nothing is printed; what was found or done is
+returned as a report that knows its own JSON, and what is wrong is raised as a subclass of ``AdapterError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterhub_tools.errors import UnsupportedError, escape
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.manifest import Manifest
+    from adapterhub_tools.model.protocols import Progress
+    from adapterhub_tools.ops.base_report import BaseReport
+    from adapterhub_tools.ops.hash import ContentDigest
+    from adapterhub_tools.ops.init import InitReport
+    from adapterhub_tools.ops.inspect import AdapterReport
+    from adapterhub_tools.ops.merge import MergeReport
+    from adapterhub_tools.ops.validation_report import ValidationReport
+
+Reference = str | PathLike[str]
+"""A local path."""
+
+
+def inspect(path: Reference, *, base: Reference | None = None) -> AdapterReport | BaseReport:
+    """Says what an adapter or a base is, from headers and configs alone.
+
+    Args:
+        path: a folder or a ``.safetensors`` file.
+        base: the base of an adapter, to tell the share of its parameters that the adapter trains.
+
+    Raises:
+        FormatError: a file is broken; every problem.
+        UnsupportedError: of a format that cannot be read.
+        StoreError: a file cannot be read.
+    """
+    from adapterhub_tools.ops import inspect as op
+
+    return op.inspect(_local(path), base=_optional(base))
+
+
+def validate(
+    adapter: Reference,
+    *,
+    base: Reference | None = None,
+    check_base: str = "full",
+    accept_embeddings: bool = False,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Checks an adapter's files, and how it fits a base; finds every problem and raises none of them.
+
+    Args:
+        adapter: the adapter's folder, or its ``.safetensors`` file.
+        base: the base.
+        check_base: which of the manifest's base digests to compare: ``"full"``, ``"targets"`` or ``"off"``.
+        accept_embeddings: whether the adapter may carry embeddings that its config does not mention.
+        cache: whether the digest cache may be used.
+        progress: told how far the digest of the base is.
+
+    Returns:
+        a report; call ``raise_for_problems()`` on it to raise what is wrong.
+    """
+    from adapterhub_tools.ops import validate as op
+
+    return op.validate(
+        _local(adapter),
+        base=_optional(base),
+        check_base=check_base,
+        accept_embeddings=accept_embeddings,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def init(
+    adapter: Reference,
+    *,
+    base: Reference | None = None,
+    replace: bool = False,
+    base_id: str | None = None,
+    revision: str | None = None,
+    licence: str | None = None,
+    tag: Sequence[str] = (),
+    quantisation: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> InitReport:
+    """Writes ``adapter_manifest.json`` into an adapter's folder, all of it or nothing.
+
+    Args:
+        adapter: the adapter's folder.
+        base: the base, whose digests and shapes are recorded then.
+        replace: whether an existing manifest may be replaced; its training, licence, tags, metrics and
+            history are kept.
+        base_id: the base's repository id.
+        revision: the base's commit or tag.
+        licence: the adapter's licence.
+        tag: tags.
+        quantisation: how the base was quantised while training, such as ``{"scheme": "bitsandbytes-nf4"}``.
+        training: facts about training.
+        cache: whether the digest cache may be used.
+        progress: told how far the digest of the base is.
+
+    Raises:
+        FormatError: the adapter, an existing manifest or an option is broken; every problem.
+        MismatchError: the adapter does not fit the base.
+        StoreError: there is a manifest already, or it cannot be written.
+    """
+    from adapterhub_tools.ops import init as op
+
+    return op.init(
+        _local(adapter),
+        base=_optional(base),
+        replace=replace,
+        base_id=base_id,
+        revision=revision,
+        licence=licence,
+        tag=tag,
+        quantisation=quantisation,
+        training=training,
+        cache=cache,
+        progress=progress,
+    )
+
+
+def content_digest(
+    base: Reference, *, algorithm: str = "blake3", cache: bool = True, progress: Progress | None = None
+) -> ContentDigest:
+    """Returns the content digest of a base: the same for one file or many shards, whatever their headers.
+
+    Args:
+        base: a folder or a ``.safetensors`` file.
+        algorithm: ``"blake3"`` or ``"sha256"``.
+        cache: whether the digest cache may be used.
+        progress: told how far it is.
+
+    Raises:
+        FormatError: the base is broken; every problem.
+        StoreError: a file cannot be read.
+    """
+    from adapterhub_tools.ops import hash as op
+
+    return op.content_digest(_local(base), algorithm=algorithm, cache=cache, progress=progress)
+
+
+def adapter_digest(adapter: Reference) -> str:
+    """Returns the digest of an adapter, the same in every dialect, ``"adapter-tree-blake3-v1:<hex>"``.
+
+    Args:
+        adapter: the adapter's folder, or its ``.safetensors`` file.
+
+    Raises:
+        FormatError: the adapter is broken; every problem.
+        UnsupportedError: some of its tensors have no meaning known to this version.
+        StoreError: a file cannot be read.
+    """
+    from adapterhub_tools.ops.adapter_digest import adapter_digest as digest_of
+    from adapterhub_tools.ops.adapter_reader import read_adapter
+
+    opened = read_adapter(_local(adapter))
+    return digest_of(opened.files, opened.adapter)
+
+
+def load_manifest(path: Reference) -> Manifest:
+    """Reads a manifest.
+
+    Args:
+        path: the manifest, or the folder of its adapter.
+
+    Raises:
+        UnsupportedVersionError: its major version is newer.
+        FormatError: it is broken; every problem.
+        StoreError: it cannot be read.
+    """
+    from adapterhub_tools.ops import manifest_file as op
+
+    return op.load_manifest(_local(path))
+
+
+def merge(
+    base: Reference,
+    adapter: Reference | Sequence[Reference],
+    out: Reference | None,
+    *,
+    scale: float | Sequence[float] = (),
+    dtype: str | None = None,
+    replace: bool = False,
+    allow_replace_gap: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    dry_run: bool = False,
+    check_base: str = "full",
+    accept_embeddings: bool = False,
+    adapter_tokenizer: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges adapters into a base: each weight is the correctly rounded value of the exact formula.
+
+    Args:
+        base: the base's folder or ``.safetensors`` file.
+        adapter: one adapter, or several, whose deltas are summed exactly and rounded once.
+        out: the folder to write; None only with ``dry_run``.
+        scale: a factor on each adapter's delta, one for all or one for each.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``; None keeps the base's.
+        replace: whether an existing folder may be replaced.
+        allow_replace_gap: whether that may leave a moment without a folder, where the file system cannot
+            exchange two at once.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; the bytes are the same.
+        threads: the number of workers; None chooses.
+        dry_run: whether to plan and check without writing.
+        check_base: which of the manifest's base digests to compare: ``"full"``, ``"targets"`` or ``"off"``.
+        accept_embeddings: whether the adapter may replace embeddings that its config does not mention.
+        adapter_tokenizer: whether to write the adapter's tokenizer and template instead of the base's.
+        progress: told how far it is.
+
+    Raises:
+        FormatError: an input is broken; every problem.
+        UnsupportedError: something that cannot be merged.
+        MismatchError: an adapter does not fit the base.
+        IntegrityError: the base is not the one that a manifest records.
+        StoreError: could not read or write; the destination is untouched.
+    """
+    from adapterhub_tools.ops import merge as op
+    from adapterhub_tools.ops.merge_options import MergeOptions
+
+    options = MergeOptions(
+        scales=(scale,) if isinstance(scale, int | float) else tuple(scale),
+        dtype=dtype,
+        replace=replace,
+        allow_replace_gap=allow_replace_gap,
+        device=device,
+        threads=threads,
+        dry_run=dry_run,
+        check_base=check_base,
+        accept_embeddings=accept_embeddings,
+        adapter_tokenizer=adapter_tokenizer,
+    )
+    adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
+    return op.merge(_local(base), [_local(item) for item in adapters], _optional(out), options, progress)
+
+
+def _local(reference: Reference) -> Path:
+    """Returns the path that a reference names; one to another machine is refused, not looked up here."""
+    text = fspath(reference)
+    if "://" in text:
+        raise UnsupportedError.of(
+            "remote-reference",
+            f"{escape(text)!r} is not a local path.",
+            remedy="Download it first, and give its folder.",
+        )
+    return Path(text)
+
+
+def _optional(reference: Reference | None) -> Path | None:
+    return None if reference is None else _local(reference)

@@ -1,0 +1,117 @@
+"""``adaptertool merge``: merges adapters into a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapterhub_tools import api
+from adapterhub_tools.cli.output import Output, size_text
+from adapterhub_tools.cli.progress import progress_for
+from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
+
+
+@click.command("merge", cls=ToolCommand, example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--scale",
+    type=float,
+    multiple=True,
+    help="A factor on the delta: one for all adapters, or one for each.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    help="The dtype of the output's weights; the base's own if not given.",
+)
+@click.option("--replace", is_flag=True, help="Replace OUT if it exists, in one step.")
+@click.option(
+    "--allow-replace-gap",
+    is_flag=True,
+    help="Replace OUT in two steps where the file system cannot exchange folders.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; the bytes are the same.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given.")
+@click.option("--dry-run", is_flag=True, help="Plan and check; write nothing.")
+@click.option(
+    "--check-base",
+    type=click.Choice(["full", "targets", "off"]),
+    default="full",
+    show_default=True,
+    help="Compare the digest of the whole base, of the target tensors, or nothing.",
+)
+@click.option(
+    "--accept-embeddings", is_flag=True, help="Accept saved embeddings that the config does not mention."
+)
+@click.option(
+    "--adapter-tokenizer", is_flag=True, help="Take tokenizer and chat template from the adapter's folder."
+)
+@standard_options
+def command(
+    base: Path,
+    adapter: tuple[Path, ...],
+    out: Path,
+    scale: tuple[float, ...],
+    dtype: str | None,
+    replace: bool,
+    allow_replace_gap: bool,
+    device: str,
+    threads: int | None,
+    dry_run: bool,
+    check_base: str,
+    accept_embeddings: bool,
+    adapter_tokenizer: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Merge one ADAPTER or several into BASE, and write the result to the folder OUT.
+
+    Each weight of the result is the correctly rounded value of the exact formula, so the same merge gives the
+    same bytes on any machine. OUT holds all of it or does not exist. Several adapters are summed exactly and
+    rounded once.
+    """
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    report = api.merge(
+        base,
+        adapter,
+        out,
+        scale=scale,
+        dtype=dtype,
+        replace=replace,
+        allow_replace_gap=allow_replace_gap,
+        device=device,
+        threads=threads,
+        dry_run=dry_run,
+        check_base=check_base,
+        accept_embeddings=accept_embeddings,
+        adapter_tokenizer=adapter_tokenizer,
+        progress=progress_for(output),
+    )
+    if as_json:
+        output.json("merge", report.to_json())
+        return
+    output.notes(report.notes)
+    if dry_run or verbose:
+        output.facts(
+            "plan" if dry_run else "merge",
+            (
+                ("target tensors", f"{report.changed} of {report.expected}"),
+                ("target modules", report.modules),
+                ("tensors written", report.tensors),
+                ("bytes", f"{report.nbytes:,} ({size_text(report.nbytes)})"),
+                ("buffers", f"{report.peak_bytes:,} ({size_text(report.peak_bytes)})"),
+                ("base digest", report.base_digest),
+                ("decided exactly", None if dry_run else f"{report.resolved:,} values"),
+            ),
+        )
+    output.line(report.summary)

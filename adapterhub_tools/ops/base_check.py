@@ -1,0 +1,127 @@
+"""What identifies a base to an adapter: its digests, recorded in the manifest and compared before use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adapterhub_tools.errors import AdapterError, MismatchError, Problem, UnsupportedError
+from adapterhub_tools.model.base import BaseRef
+from adapterhub_tools.model.manifest import MANIFEST_NAME
+from adapterhub_tools.ops.base_report import main_dtype
+from adapterhub_tools.ops.fit import Fit, fit
+from adapterhub_tools.ops.hash import tensor_digests
+from adapterhub_tools.store.digest import DEFAULT, config_digest, root_digest, split_digest
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.adapter import Adapter
+    from adapterhub_tools.model.manifest import Manifest
+    from adapterhub_tools.model.protocols import Progress
+    from adapterhub_tools.store.checkpoint import Checkpoint
+
+CHECKS = ("full", "targets", "off")
+"""Which recorded digest a base is compared with."""
+
+_OTHER_BASE = "Use the base that the adapter was trained on; the manifest names it."
+_UNSUPPORTED_KINDS = ("quantised-base", "tied-unsupported")
+
+
+def fit_problems(
+    adapter: Adapter, checkpoint: Checkpoint, add: Callable[[type[AdapterError], Iterable[Problem]], None]
+) -> Fit:
+    """Fits an adapter to a base and reports what is wrong, each problem in its class.
+
+    Args:
+        adapter: as read from its files.
+        checkpoint: the opened base.
+        add: takes a class of error and problems.
+    """
+    fitted = fit(adapter, checkpoint)
+    for problem in fitted.problems:
+        add(UnsupportedError if problem.kind in _UNSUPPORTED_KINDS else MismatchError, [problem])
+    return fitted
+
+
+def identify_base(
+    known: BaseRef,
+    checkpoint: Checkpoint,
+    fitted: Fit,
+    *,
+    cache: bool,
+    progress: Progress | None,
+) -> tuple[BaseRef, tuple[str, ...]]:
+    """Returns what a base is, with its digests, and the cache's warnings.
+
+    Args:
+        known: id, revision and quantisation as far as they are known.
+        checkpoint: the opened base.
+        fitted: how the adapter lies on it.
+        cache: whether the digest cache may be used.
+        progress: told how far it is.
+    """
+    tensors, warnings = tensor_digests(checkpoint, algorithm=DEFAULT, cache=cache, progress=progress)
+    config = checkpoint.config
+    targets = {name: tensors[name] for name in fitted.target_names}
+    model_type = None if config is None else config.get("model_type")
+    base = replace(
+        known,
+        architecture=model_type if isinstance(model_type, str) else known.architecture,
+        dtype=main_dtype(checkpoint),
+        parameters=sum(tensor.spec.elements for tensor in checkpoint.tensors.values()),
+        digest=root_digest(DEFAULT, tensors),
+        targets_digest=root_digest(DEFAULT, targets) if targets else None,
+        config_digest=None if config is None else config_digest(config),
+    )
+    return base, warnings
+
+
+def base_problems(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    fitted: Fit,
+    *,
+    check_base: str,
+    cache: bool,
+    progress: Progress | None,
+) -> list[Problem]:
+    """Returns how a base differs from the one that a manifest records.
+
+    Args:
+        manifest: the adapter's manifest.
+        checkpoint: the opened base.
+        fitted: how the adapter lies on it.
+        check_base: one of CHECKS; ``"off"`` compares nothing.
+        cache: whether the digest cache may be used.
+        progress: told how far it is.
+    """
+    problems: list[Problem] = []
+    base = manifest.base
+    if check_base == "off":
+        return problems
+
+    def compare(name: str, recorded: str | None, found: str, what: str) -> None:
+        if recorded is not None and recorded != found:
+            message = f"{what} has {found}; the manifest says {recorded}."
+            problems.append(
+                Problem(
+                    kind=f"base-{name.replace('_', '-')}",
+                    message=message,
+                    file=MANIFEST_NAME,
+                    loc=f"/base/{name}",
+                    remedy=_OTHER_BASE,
+                )
+            )
+
+    if checkpoint.config is not None:
+        compare("config_digest", base.config_digest, config_digest(checkpoint.config), "the base's config")
+    wanted = "digest" if check_base == "full" and base.digest is not None else "targets_digest"
+    recorded: str | None = getattr(base, wanted)
+    if recorded is None:
+        return problems
+    names = None if wanted == "digest" else fitted.target_names
+    algorithm, _ = split_digest(recorded, file=MANIFEST_NAME, loc=f"/base/{wanted}")
+    tensors, _ = tensor_digests(checkpoint, algorithm=algorithm, names=names, cache=cache, progress=progress)
+    what = "the base" if names is None else "the target tensors of the base"
+    compare(wanted, recorded, root_digest(algorithm, tensors), what)
+    return problems

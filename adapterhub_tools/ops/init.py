@@ -1,0 +1,207 @@
+"""Writes the manifest of an adapter beside its own files, which stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, raise_for
+from adapterhub_tools.model.base import BaseRef
+from adapterhub_tools.model.json_fields import Fields
+from adapterhub_tools.model.manifest import Manifest, check_training
+from adapterhub_tools.model.manifest_blocks import check_quantisation
+from adapterhub_tools.ops.adapter_digest import adapter_digest
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
+from adapterhub_tools.ops.base_check import identify_base
+from adapterhub_tools.ops.fit import fit
+from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
+from adapterhub_tools.store.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.adapter import Adapter
+    from adapterhub_tools.model.protocols import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitReport:
+    """What ``init`` wrote.
+
+    Attributes:
+        path: the manifest.
+        manifest: its content.
+        replaced: whether there was one before.
+        notes: what was kept, and what was decided by rule.
+    """
+
+    path: str
+    manifest: Manifest
+    replaced: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line that proves what was done."""
+        manifest = self.manifest
+        base = manifest.base.digest or "base not recorded"
+        return (
+            f"wrote {self.path}: {len(manifest.adapter.modules)} target modules, "
+            f"{len(manifest.adapter.full)} tensors in full, {len(manifest.files)} files, "
+            f"{manifest.digest or 'no adapter digest'}, {base}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as a JSON object."""
+        return {
+            "path": self.path,
+            "replaced": self.replaced,
+            "manifest": self.manifest.to_json(),
+            "notes": list(self.notes),
+            "summary": self.summary,
+        }
+
+
+def init(
+    adapter: Path,
+    *,
+    base: Path | None = None,
+    replace: bool = False,
+    base_id: str | None = None,
+    revision: str | None = None,
+    licence: str | None = None,
+    tag: Sequence[str] = (),
+    quantisation: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> InitReport:
+    """Writes ``adapter_manifest.json`` into an adapter's folder, all of it or nothing.
+
+    Args:
+        adapter: the folder.
+        base: the base, whose digests and shapes are recorded then.
+        replace: whether an existing manifest may be replaced; its training, licence, tags, metrics and
+            history are kept, and its base where none is given now.
+        base_id: the base's repository id.
+        revision: the base's commit or tag.
+        licence: the adapter's licence.
+        tag: tags; given ones take the place of those before.
+        quantisation: how the base was quantised while training.
+        training: facts about training, added to those before.
+        cache: whether the digest cache may be used for the base.
+        progress: told how far the digest of the base is.
+
+    Raises:
+        FormatError: the adapter, an existing manifest or an option is broken; every problem.
+        UnsupportedError: a format that cannot be read, or a path that is no folder.
+        MismatchError: the adapter does not fit the base.
+        StoreError: there is a manifest already, or it cannot be written.
+    """
+    if adapter.is_file():
+        raise UnsupportedError.of(
+            "not-a-folder",
+            "a manifest describes a folder.",
+            file=adapter.name,
+            remedy="Put the file into a folder of its own, with its config, and give the folder.",
+        )
+    exists = manifest_path(adapter).exists()
+    if exists and not replace:
+        raise exists_error()
+    _check_options(quantisation, training)
+    opened = read_adapter(adapter, accept_embeddings=True)
+    opened.files.open_weights().close()
+    before = opened.manifest
+    known = _known_base(opened, base_id, revision, quantisation)
+    described, notes = opened.adapter, [*opened.adapter.notes, *map(str, opened.problems)]
+    if base is not None:
+        checkpoint = open_checkpoint(base)
+        fitted = fit(described, checkpoint)
+        fitted.raise_for_problems()
+        known, warnings = identify_base(known, checkpoint, fitted, cache=cache, progress=progress)
+        described = dataclasses.replace(described, modules=fitted.modules)
+        notes += [*fitted.notes, *warnings]
+    elif before is not None:
+        described = _keep_resolved(opened, before)
+    digest, reason = _digest(opened)
+    notes += [reason] if reason else []
+    manifest = Manifest(
+        adapter=dataclasses.replace(described, base=known),
+        files=record_files(adapter),
+        digest=digest,
+        training=dict(training or {}),
+        licence=licence,
+        tags=tuple(tag),
+    )
+    if before is not None:
+        manifest = _keep(manifest, before)
+        if before.digest != digest:
+            notes.append("the tensors differ from those of the manifest before; its other blocks were kept")
+    written = write_manifest(adapter, manifest, replace=replace)
+    return InitReport(path=str(written), manifest=manifest, replaced=exists, notes=tuple(notes))
+
+
+def _check_options(quantisation: Mapping[str, Any] | None, training: Mapping[str, Any] | None) -> None:
+    """Checks what goes into the manifest as it was given, by the rules of reading one."""
+    problems: list[Problem] = []
+    if quantisation is not None:
+        check_quantisation(Fields(dict(quantisation), loc="", file="--quantisation", problems=problems))
+    if training is not None:
+        check_training(Fields(dict(training), loc="", file="--training", problems=problems))
+    raise_for(problems, FormatError)
+
+
+def _known_base(
+    opened: OpenedAdapter,
+    base_id: str | None,
+    revision: str | None,
+    quantisation: Mapping[str, Any] | None,
+) -> BaseRef:
+    """Joins what options, the manifest before and the adapter's config say; what comes first counts."""
+    config = opened.adapter.base or BaseRef()
+    before = opened.manifest.base if opened.manifest is not None else BaseRef()
+    if base_id is not None and base_id != (before.id or config.id):
+        # Another base: nothing that was known of the one before holds for it.
+        config = before = BaseRef()
+    known = dataclasses.replace(
+        before,
+        id=base_id or before.id or config.id,
+        revision=revision or before.revision or config.revision,
+    )
+    return known if quantisation is None else dataclasses.replace(known, quantisation=dict(quantisation))
+
+
+def _keep_resolved(opened: OpenedAdapter, before: Manifest) -> Adapter:
+    """Returns the adapter with kinds and base shapes that the manifest before resolved by its base."""
+    resolved = {module.path: module for module in before.adapter.modules}
+    modules = tuple(
+        dataclasses.replace(module, kind=found.kind, base_shape=found.base_shape)
+        if (found := resolved.get(module.path)) is not None and found.factors == module.factors
+        else module
+        for module in opened.adapter.modules
+    )
+    return dataclasses.replace(opened.adapter, modules=modules)
+
+
+def _digest(opened: OpenedAdapter) -> tuple[str | None, str]:
+    """Returns the adapter digest, or None and why there is none."""
+    try:
+        return adapter_digest(opened.files, opened.adapter), ""
+    except UnsupportedError as error:
+        return None, f"no adapter digest: {error.problems[0].message}"
+
+
+def _keep(manifest: Manifest, before: Manifest) -> Manifest:
+    """Keeps what the manifest before says and no file can tell, newer fields included."""
+    return dataclasses.replace(
+        manifest,
+        schema_version=before.schema_version,
+        training={**before.training, **manifest.training},
+        history=before.history,
+        licence=manifest.licence or before.licence,
+        tags=manifest.tags or before.tags,
+        metrics=before.metrics,
+        extra=before.extra,
+        base_extra=before.base_extra,
+    )

@@ -1,0 +1,237 @@
+"""Checks an adapter: schema, config, tensors, values, files, and its base. Collects every problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterhub_tools.errors import (
+    FormatError,
+    IntegrityError,
+    Problem,
+    UnsupportedError,
+    UnsupportedVersionError,
+)
+from adapterhub_tools.model.manifest import MANIFEST_NAME, SCHEMA_NAME, Manifest
+from adapterhub_tools.ops.adapter_digest import adapter_digest
+from adapterhub_tools.ops.adapter_reader import SAVED_EMBEDDING, examine_files
+from adapterhub_tools.ops.base_check import CHECKS, base_problems, fit_problems
+from adapterhub_tools.ops.finite import finite_problems
+from adapterhub_tools.ops.manifest_file import file_problems, manifest_path
+from adapterhub_tools.ops.validation_report import Collector, ValidationReport
+from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
+from adapterhub_tools.store.checkpoint import open_checkpoint
+from adapterhub_tools.store.schemas import check
+from adapterhub_tools.store.strict_json import read_json
+from adapterhub_tools.store.values import bool_problems
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.adapter import Adapter, TargetModule
+    from adapterhub_tools.model.protocols import Progress
+
+_REWRITE = "Run `adaptertool init --replace` if the change is yours; otherwise get the adapter again."
+
+
+def validate(
+    adapter: Path,
+    *,
+    base: Path | None = None,
+    check_base: str = "full",
+    accept_embeddings: bool = False,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Checks an adapter, and how it fits a base if one is given.
+
+    Args:
+        adapter: its folder, or its ``.safetensors`` file.
+        base: the base.
+        check_base: which of the manifest's base digests to compare: ``"full"``, ``"targets"`` or ``"off"``.
+        accept_embeddings: whether the adapter may carry embeddings that its config does not mention.
+        cache: whether the digest cache may be used.
+        progress: told how far the digest of the base is.
+
+    Returns:
+        a report with every problem; nothing that is wrong with the adapter or the base is raised.
+
+    Raises:
+        UnsupportedError: ``check_base`` is another word.
+    """
+    if check_base not in CHECKS:
+        raise UnsupportedError.of(
+            "check-base",
+            f"{check_base!r} is not a way to check the base.",
+            remedy=f"Use one of {', '.join(CHECKS)}.",
+        )
+    found = Collector()
+    manifest = _check_manifest(adapter, found)
+    files = found.run("files", lambda: open_adapter_files(adapter))
+    described = None
+    if files is None:
+        found.skip("tensors", "the adapter's files could not be read")
+    else:
+        described = _check_content(files, found, accept_embeddings)
+    if manifest is not None:
+        _check_record(adapter, files, described, manifest, found)
+    if base is None:
+        found.skip("base", "no base was given")
+    elif described is None:
+        found.skip("base", "the adapter's tensors could not be read")
+    else:
+        _check_base(described, manifest, base, found, check_base, cache, progress)
+    return found.report(str(adapter))
+
+
+def _check_manifest(adapter: Path, found: Collector) -> Manifest | None:
+    """Checks the manifest against its rules and its schema; a reader's message stands before the schema's."""
+    path = manifest_path(adapter)
+    if not path.exists():
+        found.skip("manifest", f"there is no {MANIFEST_NAME}")
+        return None
+    data = found.run("manifest", lambda: read_json(path))
+    if data is None:
+        return None
+    try:
+        manifest = Manifest.from_json(data)
+    except UnsupportedVersionError as error:
+        found.add(UnsupportedVersionError, error.problems)
+        return None
+    except FormatError as error:
+        found.add(FormatError, error.problems)
+        told = {problem.loc for problem in error.problems}
+        rest = [problem for problem in check(data, SCHEMA_NAME, MANIFEST_NAME) if problem.loc not in told]
+        found.add(FormatError, rest)
+        return None
+    found.add(FormatError, check(data, SCHEMA_NAME, MANIFEST_NAME))
+    return manifest
+
+
+def _check_content(files: AdapterFiles, found: Collector, accept_embeddings: bool) -> Adapter | None:
+    """Checks config, tensors and values."""
+    examined = found.run("tensors", lambda: examine_files(files))
+
+    def values() -> None:
+        with files.open_weights() as source:
+            if files.header is not None:
+                offsets = files.header.offsets
+                tensors = ((spec, offsets[name]) for name, spec in files.header.tensors.items())
+                found.add(FormatError, finite_problems(source, tensors))
+                found.add(FormatError, bool_problems(source, files.header))
+
+    found.run("values", values)
+    if examined is None:
+        return None
+    described, problems = examined
+    allowed = (SAVED_EMBEDDING,) if accept_embeddings else ()
+    found.add(FormatError, (problem for problem in problems if problem.kind not in allowed))
+    found.add(
+        UnsupportedError,
+        (
+            Problem(
+                kind=kind,
+                message=f"it cannot be merged: {message}",
+                file=files.config_file or files.weights_file or "",
+                remedy=remedy,
+                severity="warning",
+            )
+            for kind, message, remedy in described.blockers
+        ),
+    )
+    return described
+
+
+def _check_record(
+    adapter: Path,
+    files: AdapterFiles | None,
+    described: Adapter | None,
+    manifest: Manifest,
+    found: Collector,
+) -> None:
+    """Compares the manifest with what lies beside it."""
+    root = adapter if adapter.is_dir() else adapter.parent
+    found.run("file list", lambda: found.add(IntegrityError, file_problems(root, manifest.files)))
+    if described is None or files is None:
+        found.skip("record", "the adapter's tensors could not be read")
+        return
+    found.add(IntegrityError, _record_problems(described, manifest))
+    recorded = manifest.digest
+    if recorded is None or files.weights_file is None:
+        found.skip(
+            "adapter digest", "none is recorded" if recorded is None else "there are no weights to read"
+        )
+        return
+    algorithm = recorded.partition(":")[0]
+    computed = found.run("adapter digest", lambda: adapter_digest(files, described, algorithm=algorithm))
+    if computed is not None and computed != recorded:
+        message = f"the tensors have {computed}; the manifest says {recorded}."
+        found.add(IntegrityError, [_stale("adapter-digest", message, "/digest")])
+
+
+def _record_problems(described: Adapter, manifest: Manifest) -> list[Problem]:
+    """Returns where method and targets of a manifest differ from what the adapter's own files say."""
+    recorded = manifest.adapter
+    problems = []
+    if (recorded.method, recorded.dialect) != (described.method, described.dialect):
+        says, found = f"{recorded.dialect} {recorded.method}", f"{described.dialect} {described.method}"
+        message = f"the manifest says {says}; the files are {found}."
+        problems.append(_stale("manifest-differs", message, "/method"))
+    if recorded.hparams != described.hparams:
+        message = "the hyperparameters differ from those of the adapter's files."
+        problems.append(_stale("manifest-differs", message, "/method/hyperparameters"))
+    theirs = {_place(module): module for module in recorded.modules}
+    ours = {_place(module): module for module in described.modules}
+    for path in sorted(theirs.keys() | ours.keys()):
+        if path not in ours:
+            problems.append(_stale("manifest-differs", "lists a module that the files do not have.", path))
+        elif path not in theirs:
+            problems.append(_stale("manifest-differs", "does not list this module of the files.", path))
+        elif _facts(theirs[path]) != _facts(ours[path]):
+            message = "the record of this module differs from the adapter's files."
+            problems.append(_stale("manifest-differs", message, path))
+    if set(map(str, recorded.full)) != set(map(str, described.full)):
+        message = "the tensors carried in full differ from those of the adapter's files."
+        problems.append(_stale("manifest-differs", message, "/targets/full"))
+    return problems
+
+
+def _place(module: TargetModule) -> str:
+    nesting = module.hparams.get("nesting", 0)
+    return f"{module.path}@{nesting}" if nesting else module.path
+
+
+def _facts(module: TargetModule) -> tuple[object, ...]:
+    """What the adapter's own files alone decide: a base may tell more about the kind and shape."""
+    return module.method, module.hparams, module.factors
+
+
+def _stale(kind: str, message: str, loc: str) -> Problem:
+    return Problem(kind=kind, message=message, file=MANIFEST_NAME, loc=loc, remedy=_REWRITE)
+
+
+def _check_base(
+    described: Adapter,
+    manifest: Manifest | None,
+    base: Path,
+    found: Collector,
+    check_base: str,
+    cache: bool,
+    progress: Progress | None,
+) -> None:
+    checkpoint = found.run("base files", lambda: open_checkpoint(base))
+    if checkpoint is None:
+        found.skip("base", "the base could not be read")
+        return
+    fitted = found.run("base fit", lambda: fit_problems(described, checkpoint, found.add))
+    if manifest is None or fitted is None:
+        found.skip(
+            "base digest", "no manifest records one" if manifest is None else "the adapter does not fit"
+        )
+        return
+
+    def digests() -> None:
+        problems = base_problems(
+            manifest, checkpoint, fitted, check_base=check_base, cache=cache, progress=progress
+        )
+        found.add(IntegrityError, problems)
+
+    found.run("base digest", digests)
