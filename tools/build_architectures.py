@@ -1,8 +1,9 @@
 """Writes adapterhub_tools/architectures/tables.json from the installed transformers.
 
-For each model type it builds the model with one layer on the meta device (no weights), and records the path of the
-embeddings, which parameters are one tensor, and which modules store their weight as (in, out). Run it after an
-upgrade of transformers; tests/unit/test_architectures.py compares the file with what this script would write.
+For each model type it builds the model with one layer on the meta device (no weights), and records the path
+of the embeddings, which parameters are one tensor, and which modules store their weight as (in, out). Run it
+after an upgrade of transformers; tests/unit/test_architectures.py compares the file with what this script
+would write.
 
     python tools/build_architectures.py            # writes the table
     python tools/build_architectures.py --check    # exits 1 if the file differs
@@ -20,10 +21,12 @@ TABLE = Path(__file__).parents[1] / "adapterhub_tools" / "architectures" / "tabl
 
 # model type -> the auto class whose module names an adapter's paths and a checkpoint's names follow
 MODELS = {
-    "causal": """llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo olmo2
-        cohere cohere2 starcoder2 granite stablelm gpt2 gpt_neo gpt_neox gptj gpt_bigcode codegen bloom falcon opt mpt
-        smollm3 openai-gpt xglm biogpt""",
-    "masked": "bert roberta distilbert electra deberta deberta-v2 albert camembert xlm-roberta modernbert mpnet",
+    "causal": """llama mistral mixtral qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo
+    olmo2
+        cohere cohere2 starcoder2 granite stablelm gpt2 gpt_neo gpt_neox gptj gpt_bigcode codegen bloom falcon
+        opt mpt smollm3 openai-gpt xglm biogpt""",
+    "masked": "bert roberta distilbert electra deberta deberta-v2 albert camembert xlm-roberta "
+    "modernbert mpnet",
     "seq2seq": "t5 mt5 bart mbart pegasus marian",
     "speech": "whisper",
     "image_text": "gemma3",
@@ -32,8 +35,9 @@ MODELS = {
 }
 
 _SMALL = {
-    "num_hidden_layers": 1, "n_layer": 1, "n_layers": 1, "num_layers": 1, "encoder_layers": 1, "decoder_layers": 1,
-    "num_decoder_layers": 1, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1,
+    "num_hidden_layers": 1, "n_layer": 1, "n_layers": 1, "num_layers": 1, "encoder_layers": 1,
+    "decoder_layers": 1, "num_decoder_layers": 1, "num_experts": 2, "num_local_experts": 2,
+    "num_experts_per_tok": 1,
 }  # fmt: skip
 
 
@@ -56,9 +60,9 @@ def _shrink(config: Any) -> None:
         part = getattr(config, name, None)
         if part is not None and not isinstance(part, dict):
             _shrink(part)
-    for name, value in _SMALL.items():
+    for name, size in _SMALL.items():
         if isinstance(getattr(config, name, None), int):
-            setattr(config, name, value)
+            setattr(config, name, size)
     for name in ("layer_types", "mlp_only_layers", "no_rope_layers"):
         value = getattr(config, name, None)
         if isinstance(value, list) and value:
@@ -72,10 +76,10 @@ def _build(kind: str, model_type: str, tied: bool) -> Any:
     import torch
     import transformers as t
 
-    config = t.AutoConfig.for_model(model_type)
+    config: Any = t.AutoConfig.for_model(model_type)
     _shrink(config)
     config.tie_word_embeddings = tied
-    text = getattr(config, "text_config", None)
+    text: Any = getattr(config, "text_config", None)
     if text is not None and not isinstance(text, dict):
         text.tie_word_embeddings = tied
     pad = getattr(config, "pad_token_id", None)
@@ -132,7 +136,8 @@ def table() -> dict[str, Any]:
     """Returns the whole table."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
     rows = {name: describe(kind, name) for kind, names in MODELS.items() for name in names.split()}
     return {"source": f"transformers {transformers.__version__}", "architectures": rows}
 

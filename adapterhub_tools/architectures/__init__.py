@@ -1,6 +1,7 @@
 """What is known of model architectures without building a model: a data table with its source and version.
 
-``tables.json`` is written by tools/build_architectures.py from the installed transformers; a test compares them.
+``tables.json`` is written by tools/build_architectures.py from the installed transformers; a test compares
+them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ class Architecture:
 
     Attributes:
         model_type: the ``model_type`` of a model's config, such as ``"llama"``.
-        base_prefix: the attribute under which the model with a head holds the bare model, such as ``"model"``; a
-            checkpoint of the bare model lacks it. Empty where there is none.
+        base_prefix: the attribute under which the model with a head holds the bare model, such as
+            ``"model"``; a checkpoint of the bare model lacks it. Empty where there is none.
         input_embedding: path of the module with one row per token.
         output_embedding: path of the module that makes logits.
-        tied: groups of parameters that are one tensor when embeddings are tied; the name that a checkpoint stores
-            comes first.
+        tied: groups of parameters that are one tensor when embeddings are tied; the name that a checkpoint
+            stores comes first.
         always_tied: groups that are one tensor in any case.
         tied_default: whether embeddings are tied when the config does not say (``tie_word_embeddings``).
         conv1d_modules: last parts of the paths of modules that store their weight as (in, out).
@@ -42,7 +43,7 @@ class Architecture:
         return path.rpartition(".")[2] in self.conv1d_modules
 
     def tied_group(self, name: str, *, tied: bool) -> tuple[str, ...]:
-        """Returns the names that share one tensor with ``name``, the stored one first; only ``name`` if none do.
+        """Returns the names that share one tensor with ``name`` (itself included), the stored one first.
 
         Args:
             name: a parameter's name in memory, such as ``"lm_head.weight"``.

@@ -19,8 +19,8 @@ _ALTERED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _KEPT = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 _ALTERED_REMEDY = (
-    "Save it again with save_pretrained(path_initial_model_for_weight_conversion=...), which turns it into a plain "
-    "LoRA for the original base; or merge with PEFT onto the altered base that was saved with it."
+    "Save it again with save_pretrained(path_initial_model_for_weight_conversion=...), which turns it into a "
+    "plain LoRA for the original base; or merge with PEFT onto the altered base that was saved with it."
 )
 _LOFTQ_REMEDY = (
     "Merge onto the base that LoftQ wrote (its quantised weights, dequantised), after setting "
@@ -69,7 +69,8 @@ _VARIANTS: dict[str, Blocker] = {
     ),
     "megatron_config": (
         "megatron",
-        "the adapter was trained on Megatron's parallel layers, whose names and shards are not the checkpoint's.",
+        "the adapter was trained on Megatron's parallel layers, whose names and shards are not the "
+        "checkpoint's.",
         "Export it from Megatron to the Hugging Face layout first.",
     ),
     "target_parameters": (
@@ -89,7 +90,8 @@ _VARIANTS: dict[str, Blocker] = {
     ),
     "kasa_config": (
         "altered-base",
-        "KaSA removes the smallest singular components of the base weights, so its factors fit an altered base.",
+        "KaSA removes the smallest singular components of the base weights, so its factors fit an "
+        "altered base.",
         "Merge it with PEFT (merge_and_unload), which repeats the truncation.",
     ),
 }

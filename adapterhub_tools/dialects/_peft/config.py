@@ -81,7 +81,10 @@ def check_fields(config: Mapping[str, Any], kind: PeftType, *, file: str) -> tup
         message = (
             f'unknown field "{escape(name)}" ({json_kind(value)}) for {kind.name}; it may change the maths.'
         )
-        remedy = "Use a newer adaptertool if PEFT added it; if it is a remark of your own, remove it from the config."
+        remedy = (
+            "Use a newer adaptertool if PEFT added it; if it is a remark of your own, remove it from the "
+            "config."
+        )
         problems.append(Problem(kind="unknown-field", message=message, file=file, loc=name, remedy=remedy))
     if kind.name == "LORA":
         problems.extend(_lora_types(config, file))

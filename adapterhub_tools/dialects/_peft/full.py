@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from adapterhub_tools.architectures import embedding_names
+from adapterhub_tools.dialects._peft.keys import without_base_layer
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.errors import FormatError, Problem, escape
 from adapterhub_tools.model.adapter import FullTensor
@@ -44,6 +45,7 @@ class FullTensors:
         modules: Collection[str],
         *,
         file: str,
+        names: Collection[str] = (),
     ) -> None:
         """Prepares the rules of one adapter.
 
@@ -52,8 +54,10 @@ class FullTensors:
             rule: its target rule.
             modules: paths of the modules that have factors.
             file: the tensors' file, for messages.
+            names: adapter names that stand in keys.
         """
         self._config, self._rule, self._modules, self._file = config, rule, modules, file
+        self._names = {"default", *names}
         self._bias = config.get("bias")
         task = config.get("task_type")
         heads = _TASK_HEADS.get(task, ()) if isinstance(task, str) else ()
@@ -84,7 +88,7 @@ class FullTensors:
         if key.endswith(_TOKEN_DELTA) or f"{_TOKEN_DELTA}." in key:
             self._token_rows(key.partition(_TOKEN_DELTA)[0], spec)
             return
-        owner, wrapper, inner = _wrapped(key)
+        owner, wrapper, inner = _wrapped(key, self._names)
         if wrapper == "original_module":
             self._original(owner, inner, spec, rest)
             return
@@ -93,7 +97,10 @@ class FullTensors:
         saved = self._saved.find(path)
         if saved is not None:
             self._hit.add(saved)
-            self._keep(target, "modules_to_save", spec)
+            if wrapper and leaf == "bias" and self._bias == "all" and target in rest:
+                self.copies.append(spec.name)  # bias="all" writes such a bias twice
+                return
+            self._keep(without_base_layer(target), "modules_to_save", spec)
         elif wrapper == "modules_to_save":
             self._refuse(key, spec)
         elif leaf == "bias" and self._bias_allowed(path):
@@ -118,13 +125,13 @@ class FullTensors:
         if path.endswith(".base_layer") and self._targets_embeddings(module):
             return
         message = (
-            f'the file carries the embedding "{escape(module)}" in full, and the config does not say that it was '
-            "trained or resized."
+            f'the file carries the embedding "{escape(module)}" in full, and the config does not say that it '
+            "was trained or resized."
         )
         self._problem("saved-embedding", message, spec, _ACCEPT)
 
     def _targets_embeddings(self, module: str) -> bool:
-        """Tells whether the config makes PEFT save this embedding: it is a target, and named as PEFT looks for it."""
+        """Tells whether the config makes PEFT save this embedding: a target, with a name PEFT looks for."""
         targets = self._rule.target_modules
         if isinstance(targets, str):
             named = module.rpartition(".")[2] in _PEFT_EMBEDDINGS
@@ -177,15 +184,24 @@ class FullTensors:
             message = "no known kind of LoRA tensor; PEFT 0.21 writes none with this name."
             self._problem("unknown-key", message, spec, "Use a newer adaptertool, or remove the tensor.")
             return
-        message = f'it would replace the base tensor "{escape(key.replace(".base_layer", ""))}", and the config does not say so.'
-        remedy = f'List its module under "modules_to_save" in {self._rule.file} if it was trained, or remove the tensor.'
+        message = (
+            f'it would replace the base tensor "{escape(without_base_layer(key))}", and the config '
+            "does not say so."
+        )
+        remedy = (
+            f'List its module under "modules_to_save" in {self._rule.file} if it was trained, or remove '
+            "the tensor."
+        )
         self._problem("base-overwrite", message, spec, remedy)
 
     def _check_declared(self) -> None:
         """Reports what the config declares and the file lacks."""
         missing = [name for name in self._listed if name not in self._hit and name not in _HEADS]
         for name in missing:
-            message = f'"modules_to_save" lists "{escape(name)}", but the file has no tensor of it; the base\'s stay.'
+            message = (
+                f'"modules_to_save" lists "{escape(name)}", but the file has no tensor of it; the base\'s '
+                "stay."
+            )
             self.problems.append(
                 Problem(
                     kind="missing-tensor",
@@ -235,7 +251,7 @@ _HEADS = {name for names in _TASK_HEADS.values() for name in names}
 
 
 class _Endings:
-    """The entries of ``modules_to_save``: a module is meant if its path ends in one, as PEFT compares them."""
+    """The entries of ``modules_to_save``: as in PEFT, a module is meant if its path ends in one."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         self._by_length: dict[int, set[str]] = {}
@@ -254,12 +270,16 @@ class _Endings:
         return None
 
 
-def _wrapped(key: str) -> tuple[str, str, str]:
-    """Splits the old forms ``P.modules_to_save.NAME.rest`` and ``P.original_module.rest``; the wrapper is "" else."""
+def _wrapped(key: str, names: Collection[str]) -> tuple[str, str, str]:
+    """Splits ``P.modules_to_save.NAME.rest`` and ``P.original_module.rest``; the wrapper is "" for other keys.
+
+    The name is left out in files whose writer removed it.
+    """
     parts = key.split(".")
     for i, part in enumerate(parts[:-1]):
-        if i and part == "original_module":
-            return ".".join(parts[:i]), part, ".".join(parts[i + 1 :])
-        if i and part == "modules_to_save" and i + 2 < len(parts):
-            return ".".join(parts[:i]), part, ".".join(parts[i + 2 :])
+        if i and part in ("modules_to_save", "original_module"):
+            inner = parts[i + 1 :]
+            if part == "modules_to_save" and len(inner) > 1 and inner[0] in names:
+                inner = inner[1:]
+            return ".".join(parts[:i]), part, ".".join(inner)
     return "", "", ""

@@ -42,7 +42,7 @@ def build(factors: Factors, config: Mapping[str, Any], kind: PeftType) -> list[T
 def token_rows(
     factors: Factors, config: Mapping[str, Any], *, file: str, config_file: str
 ) -> tuple[list[FullTensor], list[Problem]]:
-    """Makes full tensors of a TRAINABLE_TOKENS adapter: its rows replace the base's, at indices from the config."""
+    """Makes full tensors of a TRAINABLE_TOKENS adapter, whose rows replace the base's."""
     indices = config.get("token_indices")
     full: list[FullTensor] = []
     problems: list[Problem] = []
@@ -51,7 +51,10 @@ def token_rows(
         good = isinstance(indices, list) and all(isinstance(i, int) and i >= 0 for i in indices)
         rows = tuple(indices) if good and isinstance(indices, list) else ()
         if not good or len(spec.shape) != 2 or spec.shape[0] != len(rows) or len(set(rows)) != len(rows):
-            message = f"trained token rows have shape {list(spec.shape)}; the config gives {len(rows)} good indices."
+            message = (
+                f"trained token rows have shape {list(spec.shape)}; the config gives {len(rows)} good "
+                "indices."
+            )
             remedy = f'Correct "token_indices" in {config_file}, or save the adapter again.'
             problems.append(
                 Problem(kind="token-rows", message=message, file=file, loc=spec.name, remedy=remedy)

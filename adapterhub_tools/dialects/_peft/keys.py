@@ -1,8 +1,9 @@
 """Tensor keys of a PEFT file: what is a wrapper's prefix, what is a module's path, what is a factor's role.
 
 A key reads ``base_model.model.<path>.<suffix>``. Training stacks add parts of their own (``_orig_mod``,
-``module``, the adapter's name), and a model wrapped twice repeats the prefix. Every such part is removed by a rule
-that is reported; where two rules would give two tensors one name, that is a problem and nothing is chosen.
+``module``, the adapter's name), and a model wrapped twice repeats the prefix. Every such part is removed by a
+rule that is reported; where two rules would give two tensors one name, that is a problem and nothing is
+chosen.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def _collision(name: str, other: str, key: str, file: str) -> Problem:
 class Roles:
     """A table of key suffixes, ready to look up.
 
-    A suffix is written as its parts, ``*`` for any one part and a final ``**`` for any rest; each ``*`` in the role
-    is replaced by the part that ``*`` stood for.
+    A suffix is written as its parts, ``*`` for any one part and a final ``**`` for any rest; each ``*`` in
+    the role is replaced by the part that ``*`` stood for.
     """
 
     def __init__(self, table: Mapping[str, str]) -> None:
@@ -206,8 +207,15 @@ def split(keys: Keys, table: Mapping[str, str], *, file: str) -> tuple[Factors, 
     return factors, rest
 
 
+def without_base_layer(path: str) -> str:
+    """Removes the parts ``base_layer`` that PEFT puts between a wrapper and what it wraps."""
+    return (
+        ".".join(part for part in path.split(".") if part != "base_layer") if "base_layer" in path else path
+    )
+
+
 def limited(problems: Iterable[Problem], per_kind: int = 100) -> tuple[Problem, ...]:
-    """Returns the problems with at most ``per_kind`` of each kind; what was left out is counted in the last one."""
+    """Returns at most ``per_kind`` problems of each kind, and how many more there were."""
     kept: list[Problem] = []
     counts: Counter[tuple[str, str]] = Counter()
     for problem in problems:

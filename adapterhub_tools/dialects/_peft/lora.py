@@ -1,4 +1,4 @@
-"""LoRA in PEFT's spelling: factors to target modules, with ranks and alphas resolved and everything checked."""
+"""LoRA in PEFT's spelling: factors to target modules, ranks and alphas resolved, everything checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from adapterhub_tools.dialects._peft.keys import Factors
+from adapterhub_tools.dialects._peft.keys import Factors, without_base_layer
 from adapterhub_tools.dialects._peft.patterns import first_pattern
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.errors import FormatError, Problem, escape
@@ -58,7 +58,7 @@ def build(factors: Factors, config: Mapping[str, Any], rule: TargetRule, *, meth
     """
     lora = Lora()
     paths = sorted(factors)
-    outer = {path: path.replace(".base_layer", "") for path in paths}
+    outer = {path: without_base_layer(path) for path in paths}
     targets = [outer[path] for path in paths]
     settings = _Settings(config, targets, rule.file, lora)
     _report_rank_source(config, paths, rule.file, lora)
@@ -68,7 +68,7 @@ def build(factors: Factors, config: Mapping[str, Any], rule: TargetRule, *, meth
         have = _without_training(factors[path], lora)
         if not have:
             continue
-        target, depth = outer[path], path.count(".base_layer")
+        target, depth = outer[path], path.split(".").count("base_layer")
         expert = in_parameters[target] and (bool(rule.parameters) and not _is_plain(rule, named, target))
         if depth and path.endswith(".base_layer.out_proj"):
             lora.attention.append(target)
@@ -100,7 +100,7 @@ def _without_training(have: dict[str, TensorSpec], lora: Lora) -> dict[str, Tens
 
 
 def _matched(rule: TargetRule, paths: Sequence[str], lora: Lora) -> dict[str, bool]:
-    """Evaluates the target rule; where its patterns cannot be, everything counts as matched and that is reported."""
+    """Evaluates the target rule; where its patterns cannot be, that is reported and everything matches."""
     try:
         found = rule.match(paths)
     except FormatError as error:
@@ -327,19 +327,19 @@ def _check_pair(
     want = settings.ranks.get(path)
     if not settings.known or not isinstance(want, int) or want <= 0:
         return rank
-    good = rank % want == 0 if kind == "expert" else rank == want
-    if not good:
+    if rank != want and kind != "expert":  # stacked experts have rank × experts rows
         say(
             "rank",
             f"A has shape {list(a.shape)}, so rank {rank}; the config says {want}.",
             a,
-            f'Correct "r" or "rank_pattern" in {settings.file}, or use the config that belongs to these tensors.',
+            f'Correct "r" or "rank_pattern" in {settings.file}, or use the config that belongs to these '
+            "tensors.",
         )
     return rank
 
 
 def _check_extras(factors: Mapping[str, TensorSpec], settings: _Settings, kind: str, say: _Say) -> None:
-    """Checks bias, magnitude and diagonal: present exactly where the config says so, and of the right shape."""
+    """Checks bias, magnitude and diagonal: there exactly if the config says so, and of the right shape."""
     out = factors["B"].shape[0] if "B" in factors and factors["B"].shape else None
     rank = factors["A"].shape[0] if "A" in factors and factors["A"].shape else None
     declared = {

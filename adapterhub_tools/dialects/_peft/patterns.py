@@ -1,10 +1,10 @@
 """Regular expressions from adapter configs, evaluated so that none can hang.
 
 A config may name its target modules, ranks and alphas by regular expressions with the semantics of Python's
-``re``. Such a pattern comes from a stranger, and a backtracking matcher can take longer than the universe lasts on
-``(a+)+$``. So a pattern is run here only if a bound on its work, computed from its text, is small; every other
-pattern is run in a child process that the kernel stops after ``CPU_SECONDS`` of its time. Nothing is approximated:
-the answer is that of ``re``, or there is an error.
+``re``. Such a pattern comes from a stranger, and a backtracking matcher can take longer than the universe
+lasts on ``(a+)+$``. So a pattern is run here only if a bound on its work, computed from its text, is small;
+every other pattern is run in a child process that the kernel stops after ``CPU_SECONDS`` of its time. Nothing
+is approximated: the answer is that of ``re``, or there is an error.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ class Pattern:
 
 
 def is_literal(pattern: str) -> bool:
-    """Tells whether a pattern is only letters, digits, ``_``, ``-`` and dots, so that no matcher is needed."""
+    """Tells whether a pattern is only letters, digits, ``_``, ``-`` and dots, and so needs no matcher."""
     return _LITERAL.match(pattern) is not None
 
 
 def literal_at(pattern: str, text: str, start: int) -> bool:
-    """Tells whether a literal pattern matches ``text`` at ``start``; its dots match any character but a newline."""
+    """Tells whether a literal pattern matches at ``start``; its dots match anything but a newline."""
     if len(text) - start < len(pattern) or start < 0:
         return False
     window = text[start : start + len(pattern)]
@@ -125,8 +125,8 @@ def first_pattern(
 ) -> list[int | None]:
     r"""Returns for each path the index of the first key that matches it as ``(.*\.)?(key)$``, or None.
 
-    This is how PEFT resolves ``rank_pattern`` and ``alpha_pattern``: a key is a regular expression for the end of a
-    path, after a dot or from the start.
+    This is how PEFT resolves ``rank_pattern`` and ``alpha_pattern``: a key is a regular expression for the
+    end of a path, after a dot or from the start.
 
     Raises:
         FormatError: as ``matches`` does.
@@ -228,22 +228,26 @@ def _invalid(pattern: Pattern, reason: str) -> Problem:
 def _work(pattern: str, texts: Sequence[str]) -> int | None:
     """Returns an upper bound on the matcher's steps for all texts, or None where none is computed.
 
-    Every way that a backtracking matcher can take is a choice at each alternative, optional part and repeat, so
-    there are at most ``choices × (length + 1) ** repeats`` ways, each at most pattern and text long.
+    Every way that a backtracking matcher can take is a choice at each alternative, optional part and repeat,
+    so there are at most ``choices × (length + 1) ** repeats`` ways, each at most pattern and text long.
     """
     shape = _shape(pattern)
     if shape is None:
         return None
     choices, repeats = shape
-    return sum((len(pattern) + len(text)) * choices * (len(text) + 1) ** repeats for text in texts)
+    work = 0
+    for text in texts:
+        work += (len(pattern) + len(text)) * choices * int((len(text) + 1) ** repeats)
+    return work
 
 
 @lru_cache(maxsize=1024)
 def _shape(pattern: str) -> tuple[int, int] | None:
     """Returns the number of choices and of repeats of a pattern of plain parts; None for any other pattern.
 
-    Plain parts are characters, simple escapes and sets, groups without flags, alternatives, optional parts, and
-    repeats of a single character. Back references, look-around, flags and repeated groups are left to the child.
+    Plain parts are characters, simple escapes and sets, groups without flags, alternatives, optional parts,
+    and repeats of a single character. Back references, look-around, flags and repeated groups are left to the
+    child.
     """
     choices, repeats, position = 1, 0, 0
     branches = [1]
@@ -304,7 +308,7 @@ def _shape(pattern: str) -> tuple[int, int] | None:
 
 
 def _quantifier(pattern: str, position: int) -> tuple[str, int] | None:
-    """Returns the kind of the quantifier at ``position`` and where it ends: "optional", "repeat" or "count"."""
+    """Returns a quantifier's kind ("optional", "repeat" or "count") and where it ends."""
     char = pattern[position]
     kind, end = ("optional" if char == "?" else "repeat"), position + 1
     if char == "{":

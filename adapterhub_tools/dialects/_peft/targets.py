@@ -1,9 +1,9 @@
 """Which modules a PEFT config means: ``target_modules`` and what narrows it.
 
-The rules are those of PEFT 0.21 (``peft.tuners.tuners_utils.check_target_module_exists``), which older configs
-follow too: a list entry is a whole path or its end after a dot, a string is a regular expression for the whole
-path, ``exclude_modules`` and ``modules_to_save`` win over both, and ``layers_to_transform`` picks layers by the
-first number in the path.
+The rules are those of PEFT 0.21 (``peft.tuners.tuners_utils.check_target_module_exists``), which older
+configs follow too: a list entry is a whole path or its end after a dot, a string is a regular expression for
+the whole path, ``exclude_modules`` and ``modules_to_save`` win over both, and ``layers_to_transform`` picks
+layers by the first number in the path.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class TargetRule:
     """What a config says about which modules it adapts.
 
     Attributes:
-        target_modules: names, or a regular expression for the whole path, or None where the config leaves it to the
-            model's architecture.
+        target_modules: names, or a regular expression for the whole path, or None where the config leaves it
+            to the model's architecture.
         exclude_modules: names or a regular expression that are left alone, whatever ``target_modules`` says.
         modules_to_save: modules trained whole; they and everything below them carry no factors.
         layers: the layer numbers that ``layers_to_transform`` picks, or None for all.
@@ -42,7 +42,7 @@ class TargetRule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, file: str = "adapter_config.json") -> TargetRule:
-        """Reads the rule from a config; fields of a wrong type count as absent (the config check reports them)."""
+        """Reads the rule from a config; fields of a wrong type, reported elsewhere, count as absent."""
         layers = config.get("layers_to_transform")
         if isinstance(layers, int):
             layers = [layers]
@@ -66,7 +66,7 @@ class TargetRule:
 
     @property
     def entries(self) -> tuple[str, ...]:
-        """The names or the one regular expression that the config gives; empty if it leaves it to the base."""
+        """The names, or the one regular expression, that the config gives; empty if it gives none."""
         if self.target_modules is None or self.needs_base:
             return ()
         return (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
@@ -80,7 +80,7 @@ class TargetRule:
         return self.match((path,))[0]
 
     def match(self, paths: Sequence[str]) -> list[bool]:
-        """Returns for each path whether it is a target, as ``matches`` does, all in one bounded evaluation."""
+        """Returns for each path what ``matches`` does, all in one bounded evaluation."""
         excluded = self._excluded(paths)
         found = self._targeted(paths)
         return [hit and not out for hit, out in zip(found, excluded, strict=True)]
@@ -88,13 +88,14 @@ class TargetRule:
     def match_parameters(self, paths: Sequence[str]) -> list[bool]:
         """Returns for each module path whether ``target_parameters`` names a parameter directly in it.
 
-        A name is a whole parameter path or its end after a dot; the module is what stands before its last dot.
+        A name is a whole parameter path or its end after a dot; the module is what stands before its last
+        dot.
         """
         owners = {entry.rpartition(".")[0] for entry in self.parameters}
         return [bool(owners) and ("" in owners or _ends_in(path, owners)) for path in paths]
 
     def unused_entries(self, paths: Sequence[str]) -> tuple[str, ...]:
-        """Returns the list entries of ``target_modules`` that none of the paths matches; empty for a pattern."""
+        """Returns the entries of a list of ``target_modules`` that none of the paths matches."""
         if not isinstance(self.target_modules, tuple):
             return ()
         ends: set[str] = set()
