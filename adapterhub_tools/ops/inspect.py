@@ -238,7 +238,7 @@ def group_targets(modules: Iterable[TargetModule]) -> tuple[TargetGroup, ...]:
 
 
 def _weight_shape(module: TargetModule) -> tuple[int, ...] | None:
-    """The shape of the weight as the base stores it: (in, out) for Conv1D and embeddings, else (out, in, …)."""
+    """The shape of the weight as the base stores it."""
     if module.base_shape is not None:
         return module.base_shape
     a, b = module.factors.get("A"), module.factors.get("B")
