@@ -168,6 +168,10 @@ def _read_text(source: Source) -> tuple[bytes, int]:
         if text[:1] == b"[":
             raise refuse("not-an-object", "the header is an array, expected an object.")
         raise refuse("header-start", f"the header starts with byte 0x{text[0]:02x}, expected '{{'.")
+    # Each tensor has this key, and inside a string its quotes would be escaped: no need to parse first.
+    count = text.count(b'"data_offsets"')
+    if count > MAX_TENSORS + 1:
+        raise refuse("too-many-tensors", f"about {count:,} tensors; the limit is {MAX_TENSORS:,}.")
     stripped = text.rstrip(b" ")
     if stripped[-1:] != b"}":
         message = f"byte 0x{stripped[-1]:02x} follows the header; only '}}' and then spaces may end it."
@@ -230,7 +234,8 @@ class _Check:
             self.add("entry-type", f"found {json_type(entry)}, expected an object.", name)
             self.complete = False
             return
-        if len(entry) != 3 or not all(field in entry for field in _FIELDS):
+        complete = len(entry) == 3 and all(field in entry for field in _FIELDS)
+        if not complete:
             for field in entry:
                 if field not in _FIELDS:
                     self.add("unknown-field", f"unknown field '{escape(field)}'.", name)
@@ -244,7 +249,7 @@ class _Check:
             self.complete = False
             return
         self.ranges[name] = span
-        if bits is None or shape is None or len(entry) != 3:
+        if bits is None or shape is None or not complete:
             return
         self.tensors[name] = TensorSpec(name=name, dtype=entry["dtype"], shape=shape)
         self.check_size(name, bits, shape, span)

@@ -181,6 +181,7 @@ def trimmed(problems: list[Problem], file: str) -> list[Problem]:
         kind="more-problems",
         message=f"more than {MAX_REPORTED} problems; the rest are not listed.",
         file=file,
+        remedy="Mend these first.",
     )
     return [*problems[:MAX_REPORTED], more]
 
