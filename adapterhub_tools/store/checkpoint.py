@@ -106,7 +106,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 message = f"it is one of the {len(shards)} shards that '{index.name}' lists."
                 remedy = "Give the folder, so that the model is read as a whole."
                 raise FormatError.of("single-shard", message, file=path.name, remedy=remedy)
-    return _open_files(path.parent, (path.name,), None, {})
+    return _open_files(path.parent, (path.name,), None, {}, named=True)
 
 
 def _open_folder(root: Path) -> Checkpoint:
@@ -225,9 +225,17 @@ def _in_index(problem: Problem, index_file: str | None, shard: str) -> Problem:
 
 
 def _open_files(
-    root: Path, files: tuple[str, ...], index_file: str | None, index_metadata: dict[str, Any]
+    root: Path,
+    files: tuple[str, ...],
+    index_file: str | None,
+    index_metadata: dict[str, Any],
+    *,
+    named: bool = False,
 ) -> Checkpoint:
-    """Reads the headers of the weight files and the config; one tensor may lie in one file only."""
+    """Reads the headers of the weight files and the config; one tensor may lie in one file only.
+
+    ``named``: the user named the file itself, so it may be a link to anywhere.
+    """
     problems: list[Problem] = []
     tensors: dict[str, StoredTensor] = {}
     headers: dict[str, SafetensorsHeader] = {}
@@ -235,8 +243,7 @@ def _open_files(
     stamps: dict[str, FileStamp] = {}
     for file in files:
         try:
-            # A file that the user named may be a link; one that an index names must lie in its folder.
-            real = resolve_inside(root, file) if index_file else root / file
+            real = root / file if named else resolve_inside(root, file)
             if index_file and not real.exists():
                 message = "the index lists this shard, but it is missing."
                 problems.append(Problem(kind="missing-file", message=message, file=file, remedy=_RESTORE))
