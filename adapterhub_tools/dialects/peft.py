@@ -14,6 +14,7 @@ from adapterhub_tools.dialects._peft import generic, lora
 from adapterhub_tools.dialects._peft.config import PeftType, base_ref, check_fields, table
 from adapterhub_tools.dialects._peft.full import FullTensors
 from adapterhub_tools.dialects._peft.keys import PREFIX, Factors, clean, json_kind, limited, split
+from adapterhub_tools.dialects._peft.settings import DEFAULT_ALPHA, DEFAULT_RANK
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
@@ -202,8 +203,8 @@ def _lora(factors: Factors, rest: Mapping[str, TensorSpec], config: Mapping[str,
     _set_aside(full.copies, "an untouched copy of the base", parts)
     if config:
         parts.hparams = {
-            "rank": config.get("r", lora.DEFAULT_RANK),
-            "alpha": config.get("lora_alpha", lora.DEFAULT_ALPHA),
+            "rank": config.get("r", DEFAULT_RANK),
+            "alpha": config.get("lora_alpha", DEFAULT_ALPHA),
             "scaling": "alpha/sqrt(rank)" if config.get("use_rslora") is True else "alpha/rank",
             "fan_in_fan_out": config.get("fan_in_fan_out") is True,
         }

@@ -11,18 +11,48 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from adapterhub_tools.dialects._peft.patterns import first_pattern
+from adapterhub_tools.dialects._peft.patterns import key_matches
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.errors import FormatError
 
-PARTS = ["model", "layers", "h", "block", "0", "1", "2", "10", "self_attn", "mlp", "q_proj", "v_proj", "q", "experts",
-         "lm_head", "embed_tokens", "classifier", "score", "q.proj", "xq_proj"]  # fmt: skip
+PARTS = [
+    "model",
+    "layers",
+    "h",
+    "block",
+    "0",
+    "1",
+    "2",
+    "10",
+    "self_attn",
+    "mlp",
+    "q_proj",
+    "v_proj",
+    "q",
+    "experts",
+    "lm_head",
+    "embed_tokens",
+    "classifier",
+    "score",
+    "q.proj",
+    "xq_proj",
+]
 PATHS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=7).map(".".join)
 NAMES = st.lists(st.sampled_from([*PARTS, "self_attn.q_proj", "layers.0.self_attn.q_proj"]), max_size=4)
 REGEXES = st.sampled_from(
-    [r".*\.(q|v)_proj", r"model\.layers\.[01]\..*", ".*", "lm_head", r".*q.*|.*mlp$", r"(?:.*\.)?layers\.\d+\.mlp",
-     "q_proj", "", r".*attn\.[qv]_proj$", "all-linear-not"]
-)  # fmt: skip
+    [
+        r".*\.(q|v)_proj",
+        r"model\.layers\.[01]\..*",
+        ".*",
+        "lm_head",
+        r".*q.*|.*mlp$",
+        r"(?:.*\.)?layers\.\d+\.mlp",
+        "q_proj",
+        "",
+        r".*attn\.[qv]_proj$",
+        "all-linear-not",
+    ]
+)
 
 
 @st.composite
@@ -30,11 +60,24 @@ def configs(draw):
     """A config that LoraConfig accepts."""
     regex = draw(st.booleans())
     layers = None if regex else draw(st.sampled_from([None, 0, 1, [], [0], [1, 2], [0, 10]]))
-    patterns = [None, [], "", "layers", "h", ["h", "layers"], ["layers", "block"], "l.yers", "experts", r"\w+"]
+    patterns = [
+        None,
+        [],
+        "",
+        "layers",
+        "h",
+        ["h", "layers"],
+        ["layers", "block"],
+        "l.yers",
+        "experts",
+        r"\w+",
+    ]
     return {
         "target_modules": draw(REGEXES) if regex else draw(NAMES),
         "exclude_modules": draw(st.one_of(st.none(), NAMES, REGEXES)),
-        "modules_to_save": draw(st.sampled_from([None, [], ["classifier"], ["score", "mlp"], ["q.proj"], ["c.*r|mlp"]])),
+        "modules_to_save": draw(
+            st.sampled_from([None, [], ["classifier"], ["score", "mlp"], ["q.proj"], ["c.*r|mlp"]])
+        ),
         "layers_to_transform": layers,
         "layers_pattern": draw(st.sampled_from(patterns)) if layers is not None else None,
     }
@@ -55,20 +98,38 @@ def test_rules_answer_as_peft(config, paths):
 
 KEYS = st.lists(
     st.sampled_from(
-        ["q_proj", "v_proj", "layers.0.mlp", "^model", r"^model\.layers\.0", "q|v_proj", r"layers\.\d+\.mlp", "", "x)|(q",
-         "[qv]_proj", "l.yers", "model.layers.0.self_attn.q_proj", "0", r".*attn", "q.proj", "(self_attn)"]
+        [
+            "q_proj",
+            "v_proj",
+            "layers.0.mlp",
+            "^model",
+            r"^model\.layers\.0",
+            "q|v_proj",
+            r"layers\.\d+\.mlp",
+            "",
+            "x)|(q",
+            "[qv]_proj",
+            "l.yers",
+            "model.layers.0.self_attn.q_proj",
+            "0",
+            r".*attn",
+            "q.proj",
+            "(self_attn)",
+        ]
     ),
     max_size=5,
     unique=True,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=600, deadline=None)
 @given(KEYS, st.lists(PATHS, min_size=1, max_size=6))
 def test_rank_patterns_answer_as_peft(keys, paths):
-    found = first_pattern(keys, paths)
-    for path, i in zip(paths, found, strict=True):
-        assert (path if i is None else keys[i]) == get_pattern_key(keys, path)
+    for path, hits in zip(paths, key_matches(keys, paths), strict=True):
+        assert (keys[hits[0]] if hits else path) == get_pattern_key(keys, path)
+        assert hits == [
+            i for i, key in enumerate(keys) if get_pattern_key([key], path) == key != path or key == path
+        ]
 
 
 def test_a_whole_path_counts_in_every_layer():

@@ -8,7 +8,7 @@ from typing import Any
 from adapterhub_tools.architectures import embedding_names
 from adapterhub_tools.dialects._peft.keys import without_base_layer
 from adapterhub_tools.dialects._peft.targets import TargetRule
-from adapterhub_tools.errors import FormatError, Problem, escape
+from adapterhub_tools.errors import Problem, escape
 from adapterhub_tools.model.adapter import FullTensor
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
 
@@ -64,6 +64,9 @@ class FullTensors:
         self._saved = _Endings((*rule.modules_to_save, *heads))
         self._listed = rule.modules_to_save
         self._embeddings = embedding_names()
+        self._tied = config.get("ensure_weight_tying") is True and any(
+            self._is_embedding(name) for name in rule.modules_to_save
+        )
         self._hit: set[str] = set()
         self.full: list[FullTensor] = []
         self.problems: list[Problem] = []
@@ -105,6 +108,9 @@ class FullTensors:
             self._refuse(key, spec)
         elif leaf == "bias" and self._bias_allowed(path):
             self._keep(f"{path.removesuffix('.base_layer')}.bias", "bias", spec, floating=True)
+        elif self._tied and self._is_embedding(path):
+            self.notes.append(f'"{escape(target)}" is replaced because it is tied ("ensure_weight_tying").')
+            self._keep(without_base_layer(target), "modules_to_save", spec, floating=True)
         elif leaf in ("weight", "bias") and self._is_embedding(path):
             self._embedding(path, leaf, spec)
         else:
@@ -137,10 +143,7 @@ class FullTensors:
             named = module.rpartition(".")[2] in _PEFT_EMBEDDINGS
         else:
             named = any(name in (targets or ()) for name in _PEFT_EMBEDDINGS)
-        try:
-            return named and not self._rule.needs_base and self._rule.matches(module)
-        except FormatError:
-            return False  # reported where the modules were matched
+        return named and not self._rule.needs_base and module in self._modules
 
     def _token_rows(self, module: str, spec: TensorSpec) -> None:
         """Keeps trained token rows: their indices stand in the config only."""
@@ -271,9 +274,9 @@ class _Endings:
 
 
 def _wrapped(key: str, names: Collection[str]) -> tuple[str, str, str]:
-    """Splits ``P.modules_to_save.NAME.rest`` and ``P.original_module.rest``; the wrapper is "" for other keys.
+    """Splits ``P.modules_to_save.NAME.rest`` and ``P.original_module.rest`` into P, wrapper and rest.
 
-    The name is left out in files whose writer removed it.
+    All three are empty for other keys. The name is left out in files whose writer removed it.
     """
     parts = key.split(".")
     for i, part in enumerate(parts[:-1]):

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
+from adapterhub_tools.architectures import embedding_names
 from adapterhub_tools.dialects._peft.keys import Factors, without_base_layer
-from adapterhub_tools.dialects._peft.patterns import first_pattern
+from adapterhub_tools.dialects._peft.settings import Settings
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.errors import FormatError, Problem, escape
 from adapterhub_tools.model.adapter import TargetModule
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
-
-MAX_ALPHA = 1e6
-"""A larger alpha is taken for damage: at rank 1 it would scale the delta a million times."""
-
-DEFAULT_RANK = 8
-DEFAULT_ALPHA = 8
 
 _PAIRS = {"A": "B", "B": "A", "embedding_A": "embedding_B", "embedding_B": "embedding_A"}
 _SHORT = {"embedding_A": "A", "embedding_B": "B"}
@@ -60,9 +54,11 @@ def build(factors: Factors, config: Mapping[str, Any], rule: TargetRule, *, meth
     paths = sorted(factors)
     outer = {path: without_base_layer(path) for path in paths}
     targets = [outer[path] for path in paths]
-    settings = _Settings(config, targets, rule.file, lora)
-    _report_rank_source(config, paths, rule.file, lora)
+    settings = Settings(config, targets, rule.file)
+    lora.problems.extend(settings.problems)
+    lora.notes.extend(settings.notes)
     named = _matched(rule, targets, lora)
+    tied = _tied_targets(config, named)
     in_parameters = dict(zip(targets, rule.match_parameters(targets), strict=True))
     for path in paths:
         have = _without_training(factors[path], lora)
@@ -72,6 +68,8 @@ def build(factors: Factors, config: Mapping[str, Any], rule: TargetRule, *, meth
         expert = in_parameters[target] and (bool(rule.parameters) and not _is_plain(rule, named, target))
         if depth and path.endswith(".base_layer.out_proj"):
             lora.attention.append(target)
+        elif target in tied:
+            lora.notes.append(f'"{escape(target)}" is adapted because it is tied ("ensure_weight_tying").')
         elif not named[target] and not in_parameters[target] and not _inside_attention(path, named):
             _unmatched(target, have, rule, file, lora)
         module = _module(
@@ -82,6 +80,16 @@ def build(factors: Factors, config: Mapping[str, Any], rule: TargetRule, *, meth
         lora.notes.append(f'Removed "base_layer." from {len(lora.attention)} paths of multi-head attention.')
     lora.modules.sort(key=lambda m: (m.path, m.hparams.get("nesting", 0)))
     return lora
+
+
+def _tied_targets(config: Mapping[str, Any], named: Mapping[str, bool]) -> set[str]:
+    """Returns embeddings that PEFT adapts because another one is a target and the two shall stay tied."""
+    if config.get("ensure_weight_tying") is not True:
+        return set()
+    embeddings = {path for path in named if path.rpartition(".")[2] in embedding_names()}
+    return (
+        {path for path in embeddings if not named[path]} if any(named[path] for path in embeddings) else set()
+    )
 
 
 def _is_plain(rule: TargetRule, named: Mapping[str, bool], target: str) -> bool:
@@ -118,98 +126,10 @@ def _unmatched(path: str, have: Mapping[str, TensorSpec], rule: TargetRule, file
     lora.problems.append(Problem(kind="unknown-key", message=message, file=file, loc=name, remedy=remedy))
 
 
-def _report_rank_source(config: Mapping[str, Any], paths: Sequence[str], file: str, lora: Lora) -> None:
-    """Reports defaults: a config without r or alpha means PEFT's own defaults."""
-    for name, default in (("r", DEFAULT_RANK), ("lora_alpha", DEFAULT_ALPHA)):
-        if config.get(name) is None and paths and config:
-            lora.notes.append(f'"{name}" is absent from {file}; PEFT\'s default {default} applies.')
-
-
-class _Settings:
-    """Rank, alpha and scaling of every module, patterns resolved."""
-
-    def __init__(self, config: Mapping[str, Any], paths: Sequence[str], file: str, lora: Lora) -> None:
-        self.file = file
-        self.known = bool(config)
-        self.rslora = config.get("use_rslora") is True
-        self.fan_in_fan_out = config.get("fan_in_fan_out") is True
-        self.blocks = isinstance(config.get("use_bdlora"), dict)
-        self.lora_bias = config.get("lora_bias") is True
-        self.dora = config.get("use_dora") is True
-        self.kasa = isinstance(config.get("kasa_config"), dict)
-        rank = config.get("r")
-        alpha = config.get("lora_alpha")
-        self.ranks = self._resolve(
-            config, "rank_pattern", DEFAULT_RANK if rank is None else rank, paths, lora
-        )
-        self.alphas = self._resolve(
-            config, "alpha_pattern", DEFAULT_ALPHA if alpha is None else alpha, paths, lora
-        )
-        self._check_values(lora)
-
-    def _resolve(
-        self, config: Mapping[str, Any], name: str, default: Any, paths: Sequence[str], lora: Lora
-    ) -> dict[str, Any]:
-        pattern = config.get(name)
-        if not isinstance(pattern, dict) or not pattern:
-            return dict.fromkeys(paths or [""], default)
-        keys = list(pattern)
-        try:
-            found = first_pattern(keys, paths, file=self.file, loc=name)
-        except FormatError as error:
-            lora.problems.extend(error.problems)
-            return dict.fromkeys(paths, default)
-        # PEFT looks a path up by itself where no pattern matches it, so a key may also be a literal path.
-        return {
-            path: pattern.get(path, default) if i is None else pattern[keys[i]]
-            for path, i in zip(paths, found, strict=True)
-        }
-
-    def _check_values(self, lora: Lora) -> None:
-        for rank in sorted({r for r in self.ranks.values() if isinstance(r, int) and r <= 0}):
-            where = next(path for path, r in self.ranks.items() if r == rank)
-            remedy = f'Correct "r" or "rank_pattern" in {self.file}.'
-            lora.problems.append(
-                Problem(
-                    kind="rank",
-                    message=f"rank {rank}{_for(where)}; expected at least 1.",
-                    file=self.file,
-                    loc="r",
-                    remedy=remedy,
-                )
-            )
-        bad = {a for a in self.alphas.values() if isinstance(a, (int, float)) and not _good_alpha(a)}
-        for alpha in sorted(bad, key=repr):
-            where = next(path for path, a in self.alphas.items() if a is alpha or a == alpha)
-            message = f"lora_alpha {alpha}{_for(where)}; expected a number above 0 and up to {MAX_ALPHA:g}."
-            remedy = f'Correct "lora_alpha" or "alpha_pattern" in {self.file}.'
-            lora.problems.append(
-                Problem(kind="scale", message=message, file=self.file, loc="lora_alpha", remedy=remedy)
-            )
-
-    def of(self, path: str, rank: int | None) -> dict[str, Any]:
-        """Returns a module's hyperparameters; the rank is that of the tensors where they tell it."""
-        hparams: dict[str, Any] = {"rank": self.ranks.get(path) if rank is None else rank}
-        if self.known:
-            hparams["alpha"] = self.alphas.get(path)
-            hparams["scaling"] = "alpha/sqrt(rank)" if self.rslora else "alpha/rank"
-        return hparams
-
-
-def _for(path: str) -> str:
-    return f' for "{escape(path)}"' if path else ""
-
-
-def _good_alpha(alpha: float) -> bool:
-    return (
-        isfinite(alpha) and 0 < alpha <= MAX_ALPHA if not isinstance(alpha, int) else 0 < alpha <= MAX_ALPHA
-    )
-
-
 def _module(
     path: str,
     have: dict[str, TensorSpec],
-    settings: _Settings,
+    settings: Settings,
     *,
     method: str,
     expert: bool,
@@ -287,7 +207,7 @@ class _Say:
         )
 
 
-def _kind(factors: Mapping[str, TensorSpec], settings: _Settings, *, embedding: bool, expert: bool) -> str:
+def _kind(factors: Mapping[str, TensorSpec], settings: Settings, *, embedding: bool, expert: bool) -> str:
     if expert:
         return "expert"
     if embedding:
@@ -300,7 +220,7 @@ def _kind(factors: Mapping[str, TensorSpec], settings: _Settings, *, embedding: 
 def _check_pair(
     path: str,
     factors: Mapping[str, TensorSpec],
-    settings: _Settings,
+    settings: Settings,
     kind: str,
     say: _Say,
     lora: Lora,
@@ -338,7 +258,7 @@ def _check_pair(
     return rank
 
 
-def _check_extras(factors: Mapping[str, TensorSpec], settings: _Settings, kind: str, say: _Say) -> None:
+def _check_extras(factors: Mapping[str, TensorSpec], settings: Settings, kind: str, say: _Say) -> None:
     """Checks bias, magnitude and diagonal: there exactly if the config says so, and of the right shape."""
     out = factors["B"].shape[0] if "B" in factors and factors["B"].shape else None
     rank = factors["A"].shape[0] if "A" in factors and factors["A"].shape else None

@@ -120,13 +120,13 @@ def captures(pattern: Pattern, texts: Sequence[str], group: str) -> list[str | N
     return _evaluate([(pattern, group)], texts)[0]
 
 
-def first_pattern(
+def key_matches(
     keys: Sequence[str], paths: Sequence[str], *, file: str = "", loc: str = ""
-) -> list[int | None]:
-    r"""Returns for each path the index of the first key that matches it as ``(.*\.)?(key)$``, or None.
+) -> list[list[int]]:
+    r"""Returns for each path the indices of the keys that match it as ``(.*\.)?(key)$``, in order.
 
     This is how PEFT resolves ``rank_pattern`` and ``alpha_pattern``: a key is a regular expression for the
-    end of a path, after a dot or from the start.
+    end of a path, after a dot or from the start, and the first one counts.
 
     Raises:
         FormatError: as ``matches`` does.
@@ -139,7 +139,7 @@ def first_pattern(
     others = [i for i in range(len(keys)) if i not in set(exact)] if len(exact) < len(keys) else []
     jobs = [(Pattern(text=rf"(.*\.)?({keys[i]})$", shown=keys[i], file=file, loc=loc), None) for i in others]
     tables = _evaluate(jobs, paths)
-    result: list[int | None] = []
+    result: list[list[int]] = []
     for column, path in enumerate(paths):
         found = [i for i, row in zip(others, tables, strict=True) if row[column] is not None]
         for length, keyed in by_length.items():
@@ -147,7 +147,7 @@ def first_pattern(
                 start = len(path) - len(keys[i])
                 if literal_at(keys[i], path, start) and (start == 0 or path[start - 1] == "."):
                     found.append(i)
-        result.append(min(found, default=None))
+        result.append(sorted(found))
     return result
 
 
