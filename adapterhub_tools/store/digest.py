@@ -68,9 +68,12 @@ class TensorHasher:
         self._hash.update(b"".join(head))
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Adds the next bytes of the tensor; a memoryview must be contiguous."""
-        self._hash.update(data)
-        self._left -= data.nbytes if isinstance(data, memoryview) else len(data)
+        """Adds the next bytes of the tensor; a memoryview must be contiguous, of any element type."""
+        if isinstance(data, memoryview) and data.nbytes:
+            data = data.cast("B")
+        if len(data):
+            self._hash.update(data)
+            self._left -= len(data)
 
     def digest(self) -> bytes:
         """Returns the 32 bytes.
