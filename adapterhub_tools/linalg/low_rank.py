@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
-_SLACK = 1 + 2.0**-40
+_SLACK = 1 + 2.0**-30
+"""Covers the roundings in the computation of a bound: 2^-53 for each of fewer than 2^22 operations."""
+_UNDERFLOW = 2.0**-1000
+"""Times 2^-52, far more than the 2^-1075 that one result below the normal numbers can lose."""
+_SCALE_EXPONENT = 200
+"""Scales in [2^-200, 2^200] take factors of ``in_safe_range`` to values without over- or underflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +68,7 @@ class LowRankSum:
 
     def __init__(self, terms: Sequence[LowRankTerm], rows: int, device: str = "cpu") -> None:
         """Computes the bounds on the products, one per row."""
-        self.terms = tuple(terms)
+        self.terms = tuple(term for term in terms if term.scale.coefficient != 0)
         self.device = device
         self._rights = [term.right.to(device) for term in self.terms]
         bounds = np.zeros(rows)
@@ -73,12 +78,17 @@ class LowRankSum:
                 if term.right.shape[1]
                 else term.right.new_zeros(term.right.shape[0])
             )
-            # In float64 through numpy: a matrix-vector product, no copy of the left factor beyond its
-            # absolute value.
-            bound = (term.left.abs() @ peaks).numpy() * abs(float(term.scale))
-            bounds[term.row : term.row_end] += bound * _SLACK
+            # A matrix-vector product: no copy of the left factor beyond its absolute value. What may
+            # underflow (s, s·L, a product) is off by an absolute amount, which the second half covers.
+            reach = (term.left.abs() @ peaks).numpy()
+            with np.errstate(all="ignore"):
+                bound = reach * (abs(float(term.scale)) + _UNDERFLOW)
+                bound += _UNDERFLOW * (float(peaks.sum()) + peaks.shape[0])
+                bound = np.where(np.isnan(bound), np.inf, bound * _SLACK)
+            touched = (term.left != 0).any(dim=1).numpy() & bool(peaks.any())
+            bounds[term.row : term.row_end] += np.where(touched, bound, 0.0)
         self.bounds: F64Array = bounds
-        """For each row, at least Σ |s|·Σ_k |L|·|R| at every column."""
+        """For each row, at least Σ |s|·Σ_k |L|·|R| at every column; 0 only where every product is 0."""
         inner = sum(int(term.left.shape[1]) for term in self.terms)
         # Roundings of one element: s (2), s·L (1), the products and sums (k + 1 per term), whatever their
         # order.
@@ -124,6 +134,9 @@ class LowRankSum:
             )
             if not len(inside):
                 continue
+            if not 2.0**-_SCALE_EXPONENT <= abs(float(term.scale)) <= 2.0**_SCALE_EXPONENT:
+                safe[inside] = False
+                continue
             left = term.left.numpy()[rows[inside] - term.row]
             right = term.right.numpy()[:, columns[inside] - term.column].T
             safe[inside] &= in_safe_range(left, right)
@@ -134,11 +147,15 @@ class LowRankSum:
             delta.add(start)
             delta.normalise()
             bits = _round(delta.high, delta.low, to)
-            lower = _round(*two_sum(delta.high, delta.low - delta.missing), to)
-            upper = _round(*two_sum(delta.high, delta.low + delta.missing), to)
-        undecided = (
-            ~safe | ~np.isfinite(delta.high) | ((delta.missing != 0) & ((lower != bits) | (upper != bits)))
-        )
+        undecided = ~safe | ~np.isfinite(delta.high)
+        doubtful = np.flatnonzero((delta.missing != 0) & ~undecided)
+        if len(doubtful):
+            high, low = delta.high[doubtful], delta.low[doubtful]
+            missing = delta.missing[doubtful] * _SLACK
+            # One step outwards: next to a much larger low, the rounded difference would lose what is missing.
+            lower = _round(*two_sum(high, np.nextafter(low - missing, -np.inf)), to)
+            upper = _round(*two_sum(high, np.nextafter(low + missing, np.inf)), to)
+            undecided[doubtful] = (lower != bits[doubtful]) | (upper != bits[doubtful])
         for point in np.flatnonzero(undecided):
             bits[point] = self._exact_point(int(rows[point]), int(columns[point]), float(start[point]), to)
         minus = bits.dtype.type(1 << (to.bits - 1))
@@ -147,17 +164,18 @@ class LowRankSum:
 
     def _exact_point(self, row: int, column: int, start: float, to: FloatFormat) -> int:
         parts = [(Fraction(start), 1)]
-        touched = False
         for term in self.terms:
             if not (term.row <= row < term.row_end and term.column <= column < term.column_end):
                 continue
             left = term.left[row - term.row].tolist()
             right = term.right[:, column - term.column].tolist()
             product = sum((Fraction(a) * Fraction(b) for a, b in zip(left, right, strict=True)), Fraction(0))
-            touched = touched or product != 0
             parts.append((product * term.scale.coefficient, term.scale.radicand))
         value, sign = round_surd_sum(parts, to)
-        if value == 0 and (sign < 0 or (not touched and str(start) == "-0.0")):
+        if value == 0 and sign == 0 and str(start) == "-0.0":
+            # w is -0, so x is the delta: exactly zero, which keeps w.
+            sign = -1
+        if value == 0 and sign < 0:
             return 1 << (to.bits - 1)
         return int(round_double(np.array([value]), to)[0])
 
@@ -176,10 +194,16 @@ def _add_scaled(total: Accumulator, where: IntArray, product: Accumulator, scale
         main, rest = two_product(product.high, np.full_like(product.high, low))
         part.add(main)
         part.add(rest)
-        part.widen(np.abs(product.low) * abs(low) * _SLACK)
-    part.widen(size * bound * _SLACK)
-    part.widen(product.missing * (abs(high) * _SLACK))
+        part.widen(_at_least(np.abs(product.low), abs(low)))
+    part.widen(_at_least(size, bound))
+    part.widen(_at_least(product.missing, abs(high)))
     total.high[where], total.low[where], total.missing[where] = part.high, part.low, part.missing
+
+
+def _at_least(values: F64Array, factor: float) -> F64Array:
+    """Returns an upper bound of ``values · factor`` (neither negative), 0 only where that is 0."""
+    product: F64Array = values * (factor * _SLACK)
+    return np.where((values != 0) & (factor != 0), product + 2.0**-1070, 0.0)
 
 
 def _round(high: F64Array, low: F64Array, to: FloatFormat) -> AnyArray:

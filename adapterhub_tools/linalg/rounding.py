@@ -1,11 +1,11 @@
 """Correctly rounded blocks: evaluate in float64, find what that cannot decide, decide those points exactly.
 
-Rounding to a format d is monotone, so a binary64 result y with |y − x| <= E rounds like the exact x unless a
-boundary of d lies within E of y. For bfloat16 and float16 the boundaries are binary32 numbers: if the binary32
-nearest to y is not one of them, y is at least half a binary32 unit away from every one, which is far more than
-E unless y is small against the terms that cancelled in it. So two integer scans find every suspect: the pattern
-of a tie in the low bits, and a magnitude below a threshold. For float32, y − E and y + E are rounded and
-compared.
+Rounding to a format d is monotone, so a binary64 result y with |y − x| <= E rounds like the exact x unless
+a boundary of d lies within E of y. For bfloat16 and float16 the boundaries are binary32 numbers: if the
+binary32 nearest to y is not one of them, y is at least half a binary32 unit away from every one, which is
+far more than E unless y is small against the terms that cancelled in it. So two integer scans find every
+suspect: the pattern of a tie in the low bits, and a magnitude below a threshold. For float32, y − E and
+y + E are rounded and compared.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of one block: 2 MiB in float64, so that it stays in a core's cache between the passes."""
+
+_RESOLVE_VALUES = 1 << 20
+"""Factor values gathered at a time for exact evaluation: 8 MiB in each of about a dozen arrays."""
 
 _TIE_SHIFT = {"BF16": 16, "F16": 19}
 _MIN_INT32 = np.int32(-(2**31))
@@ -147,6 +150,10 @@ class BlockRounder:
         threshold = 2 * unit * largest / (2.0**-25 - unit) * (1 + 2.0**-20)
         small = int(round_double(np.array([threshold]), self._to)[0])
         integers, flags = self._integers[:count], self._flags[:count]
+        if small >= self._to.infinity:
+            # The bound is so large that float64 decides nothing; the comparison below would wrap around.
+            flags.fill(True)
+            return flags
         values = single.cpu().view(torch.int32).numpy()
         np.left_shift(values, _TIE_SHIFT[self._to.name], out=integers)
         np.equal(integers, _MIN_INT32, out=flags)
@@ -197,8 +204,10 @@ class BlockRounder:
             rows, columns, values = rows[finite], columns[finite], values[finite]
         self.resolved += len(rows)
         target = _bits(out, self._to)
-        for first in range(0, len(rows), BLOCK_ELEMENTS // 4):
-            part = slice(first, first + BLOCK_ELEMENTS // 4)
+        inner = sum(int(term.left.shape[1]) for term in self._expression.terms)
+        size = max(1, min(BLOCK_ELEMENTS // 4, _RESOLVE_VALUES // max(1, inner)))
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
             bits = self._expression.exact_bits(rows[part] + row, columns[part], values[part], self._to)
             target[rows[part], columns[part]] = bits
             magnitudes = bits & bits.dtype.type((1 << (self._to.bits - 1)) - 1)

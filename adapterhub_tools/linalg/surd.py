@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isqrt, sqrt
+from math import inf, isqrt, nextafter, sqrt
 
 from adapterhub_tools.linalg.formats import FloatFormat, round_fraction
 
@@ -34,7 +34,13 @@ class Surd:
         return cls(coefficient=coefficient * outside, radicand=inside)
 
     def as_double_double(self) -> tuple[float, float, float]:
-        """Returns (high, low, bound) with |value − (high + low)| <= bound, 0 where exact."""
+        """Returns (high, low, bound) with |value − (high + low)| <= bound, 0 where exact.
+
+        A ``low`` below 2^-300 is counted to the bound, so that its products keep all their bits.
+
+        Raises:
+            OverflowError: the value is beyond binary64.
+        """
         if self.radicand == 1:
             exact = self.coefficient
         else:
@@ -42,17 +48,23 @@ class Surd:
             exact = self.coefficient * Fraction(isqrt(self.radicand << 400), 1 << 200)
         high = float(exact)
         low = float(exact - Fraction(high))
+        if abs(low) < 2.0**-300:
+            low = 0.0
         rest = abs(exact - Fraction(high) - Fraction(low))
         if self.radicand != 1:
             rest += abs(self.coefficient) * Fraction(1, 1 << 199)
-        bound = 0.0 if rest == 0 else float(rest) * (1 + 2.0**-50)
+        bound = 0.0 if rest == 0 else nextafter(float(rest), inf)
         return high, low, bound
 
     def __float__(self) -> float:
-        """The value in binary64, within one unit in the last place."""
-        if self.radicand == 1:
-            return float(self.coefficient)
-        return float(self.coefficient * Fraction(sqrt(self.radicand)))
+        """The value in binary64, after at most two roundings; ±inf where it overflows."""
+        value = self.coefficient
+        if self.radicand != 1:
+            value *= Fraction(sqrt(self.radicand))
+        try:
+            return float(value)
+        except OverflowError:
+            return inf if value > 0 else -inf
 
 
 def scaling_of(alpha: float, rank: int, rule: str, multiplier: float = 1.0) -> Surd:
