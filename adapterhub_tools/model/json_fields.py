@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from adapterhub_tools.errors import Problem, escape
@@ -89,9 +89,9 @@ class Fields:
 
         return self._take(name, "an integer", reads, required)
 
-    def number(self, name: str) -> float | int | None:
+    def number(self, name: str, *, required: bool = False) -> float | int | None:
         """Takes a number: an integer stays one."""
-        return self._take(name, "a number", lambda v: v if _is_number(v) else None, False)
+        return self._take(name, "a number", lambda v: v if _is_number(v) else None, required)
 
     def boolean(self, name: str) -> bool | None:
         """Takes true or false."""
@@ -136,16 +136,15 @@ class Fields:
         """Returns the fields that nothing has taken: those of a newer minor version."""
         return {name: value for name, value in self.data.items() if name not in self._taken}
 
-    def refuse_rest(self, known: Sequence[str] = ()) -> None:
+    def refuse_rest(self) -> None:
         """Complains about every field that nothing has taken, because it may change what is computed."""
         for name in self.rest():
-            if name not in known:
-                self.complain(
-                    "unknown-field",
-                    f"the field {escape(name)!r} is not known here, and this block decides what is computed.",
-                    at=name,
-                    remedy="Use a version of adaptertool that knows it.",
-                )
+            self.complain(
+                "unknown-field",
+                f"the field {escape(name)!r} is not known here, and this block decides what is computed.",
+                at=name,
+                remedy="Use a version of adaptertool that knows it.",
+            )
 
     def _take(self, name: str, expected: str, reads: Callable[[Any], T | None], required: bool) -> T | None:
         value = self.raw(name, required=required)

@@ -23,6 +23,10 @@ ADAPTER_DIGEST = re.compile(r"adapter-tree-(blake3|sha256)-v1:[0-9a-f]{64}")
 ANY_DIGEST = re.compile(
     r"((tensor|adapter)-tree-(blake3|sha256)-v1|config-sha256-v1|sha256):[0-9a-f]{64}",
 )
+LOW_RANK_METHODS = ("lora", "dora")
+LOW_RANK_HYPERPARAMETERS = ("rank", "alpha", "scaling", "fan_in_fan_out", "groups", "nesting")
+"""Every hyperparameter that a module of LOW_RANK_METHODS may have; the first three it must have."""
+
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of methods and dialects."""
 
@@ -51,7 +55,7 @@ def read_adapter(method: Fields, targets: Fields, base: BaseRef | None) -> Adapt
     """
     name = method.text("name", required=True, pattern=NAME) or "unknown"
     dialect = method.text("dialect", required=True, pattern=NAME) or "unknown"
-    hparams = _hyperparameters(method)
+    hparams = _hyperparameters(method, name)
     method.refuse_rest()
     modules = tuple(_module(item) for item in targets.objects("modules", required=True))
     full = tuple(_full(item) for item in targets.objects("full", required=True))
@@ -100,14 +104,15 @@ def check_quantisation(fields: Fields) -> None:
 
 def _module(fields: Fields) -> TargetModule:
     factors = fields.nested(fields.mapping("factors", required=True) or {}, "factors")
+    method = fields.text("method", required=True, pattern=NAME) or "unknown"
     kind = fields.text("kind", required=True) or "unknown"
     if kind not in KINDS:
         fields.complain("value", f"is {kind!r}, expected one of {', '.join(KINDS)}.", at="kind")
     module = TargetModule(
         path=fields.text("path", required=True) or "",
-        method=fields.text("method", required=True, pattern=NAME) or "unknown",
+        method=method,
         kind=kind,
-        hparams=_hyperparameters(fields),
+        hparams=_hyperparameters(fields, method),
         factors={role: _tensor(factors.nested(factors.data[role], role)) for role in factors.data},
         base_shape=fields.integers("base_shape"),
     )
@@ -115,13 +120,19 @@ def _module(fields: Fields) -> TargetModule:
     return module
 
 
-def _hyperparameters(fields: Fields) -> dict[str, Any]:
-    """Takes ``hyperparameters``; the three that give the scale are checked, others belong to the method."""
+def _hyperparameters(fields: Fields, method: str) -> dict[str, Any]:
+    """Takes ``hyperparameters``: those of low-rank methods are all known here, others are their method's."""
     data = fields.mapping("hyperparameters", required=True) or {}
     inner = fields.nested(data, "hyperparameters")
-    inner.integer("rank", at_least=1)
-    inner.number("alpha")
-    scaling = inner.text("scaling")
+    low_rank = method in LOW_RANK_METHODS
+    inner.integer("rank", required=low_rank, at_least=1)
+    inner.number("alpha", required=low_rank)
+    scaling = inner.text("scaling", required=low_rank)
+    if low_rank:
+        inner.boolean("fan_in_fan_out")
+        inner.integer("groups", at_least=1)
+        inner.integer("nesting")
+        inner.refuse_rest()
     if scaling is not None and scaling not in SCALINGS:
         inner.complain("value", f"is {scaling!r}, expected one of {', '.join(SCALINGS)}.", at="scaling")
     return data
