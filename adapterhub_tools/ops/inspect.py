@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -142,6 +143,11 @@ class AdapterReport:
         }
 
 
+_FACTOR = re.compile(
+    r"lora|hada_w|lokr_w|oft_(?:blocks|R)|dora_scale|:(?:down|up)$|\.alpha$|adapter_(?:down|up)"
+)
+
+
 def inspect(path: Path, *, base: Path | None = None) -> AdapterReport | BaseReport:
     """Says what lies at a path.
 
@@ -171,7 +177,9 @@ def _is_adapter(path: Path) -> bool:
         return False
     with LocalFile(files[0], name=files[0].name) as source:
         tensors = read_header(source).tensors
-    return any(load("dialects", name).detect(tensors, None) for name in names("dialects"))
+    known = any(load("dialects", name).detect(tensors, None) for name in names("dialects"))
+    # Other tools' adapters are named as such and refused, not described as a strange little base.
+    return known or sum(_FACTOR.search(name) is not None for name in tensors) * 2 > len(tensors)
 
 
 def _report_adapter(path: Path, base: Path | None) -> AdapterReport:
