@@ -1,4 +1,4 @@
-"""Writes tiny bases and adapters with the standard library alone, so that tests of the readers stand on their own.
+"""Writes tiny bases and adapters with the standard library alone, so that tests stand on their own.
 
 Values are small integers or given bytes; the base is shaped like a Llama of two layers.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, raise_for
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.json_fields import Fields
-from adapterhub_tools.model.manifest import Manifest, check_training
+from adapterhub_tools.model.manifest import MANIFEST_NAME, Manifest, check_training
 from adapterhub_tools.model.manifest_blocks import check_quantisation
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
@@ -138,6 +138,7 @@ def init(
         manifest = _keep(manifest, before)
         if before.digest != digest:
             notes.append("the tensors differ from those of the manifest before; its other blocks were kept")
+    _check_writable(manifest)
     written = write_manifest(adapter, manifest, replace=replace)
     return InitReport(path=str(written), manifest=manifest, replaced=exists, notes=tuple(notes))
 
@@ -150,6 +151,19 @@ def _check_options(quantisation: Mapping[str, Any] | None, training: Mapping[str
     if training is not None:
         check_training(Fields(dict(training), loc="", file="--training", problems=problems))
     raise_for(problems, FormatError)
+
+
+def _check_writable(manifest: Manifest) -> None:
+    """Refuses what no JSON file can hold: NaN in an option, an option or a file name that is no text."""
+    try:
+        manifest.to_bytes()
+    except ValueError as error:
+        raise FormatError.of(
+            "not-json",
+            f"a value cannot be written: {error}.",
+            file=MANIFEST_NAME,
+            remedy="Give finite numbers and UTF-8 text, and rename files whose names are not UTF-8.",
+        ) from error
 
 
 def _known_base(
