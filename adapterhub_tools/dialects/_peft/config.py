@@ -86,9 +86,30 @@ def check_fields(config: Mapping[str, Any], kind: PeftType, *, file: str) -> tup
             "config."
         )
         problems.append(Problem(kind="unknown-field", message=message, file=file, loc=name, remedy=remedy))
-    if kind.name == "LORA":
-        problems.extend(_lora_types(config, file))
+    problems.extend(_lora_types(config, file) if kind.name == "LORA" else _other_types(config, kind, file))
     return problems, notes
+
+
+def _wrong_type(config: Mapping[str, Any], name: str, expected: str, file: str) -> Problem:
+    value = config.get(name)
+    shown = f" {escape(json.dumps(value))}" if not isinstance(value, (list, dict)) else ""
+    message = f'"{name}" is {json_kind(value)}{shown}; expected {expected}.'
+    remedy = f'Correct "{name}" in {file}.'
+    return Problem(kind="config-type", message=message, file=file, loc=name, remedy=remedy)
+
+
+def _other_types(config: Mapping[str, Any], kind: PeftType, file: str) -> list[Problem]:
+    """Checks rank and alpha of the other types, under whatever name they have them."""
+    problems = []
+    for name in kind.maths:
+        value = config.get(name)
+        if value is None:
+            continue
+        if name == "r" and (not _is_int(value) or value < 0):
+            problems.append(_wrong_type(config, name, "an integer of at least 0", file))
+        elif name.endswith("alpha") and not _is_number(value):
+            problems.append(_wrong_type(config, name, "a number", file))
+    return problems
 
 
 def _lora_types(config: Mapping[str, Any], file: str) -> list[Problem]:
@@ -96,13 +117,8 @@ def _lora_types(config: Mapping[str, Any], file: str) -> list[Problem]:
     problems: list[Problem] = []
 
     def need(name: str, good: bool, expected: str) -> None:
-        value = config.get(name)
-        if value is None or good:
-            return
-        shown = f" {escape(json.dumps(value))}" if not isinstance(value, (list, dict)) else ""
-        message = f'"{name}" is {json_kind(value)}{shown}; expected {expected}.'
-        remedy = f'Correct "{name}" in {file}.'
-        problems.append(Problem(kind="config-type", message=message, file=file, loc=name, remedy=remedy))
+        if config.get(name) is not None and not good:
+            problems.append(_wrong_type(config, name, expected, file))
 
     need("r", _is_int(config.get("r")), "an integer")
     need("lora_alpha", _is_number(config.get("lora_alpha")), "a number")

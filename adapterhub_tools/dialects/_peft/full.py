@@ -23,6 +23,7 @@ _PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names that make PEFT save the embeddings whole when ``target_modules`` has them."""
 
 _TOKEN_DELTA = ".token_adapter.trainable_tokens_delta"
+_TOKEN_BASE = ".token_adapter.base_layer"
 _ACCEPT = (
     "Pass --accept-embeddings if the adapter was trained with a grown vocabulary or saved so on purpose."
 )
@@ -97,12 +98,13 @@ class FullTensors:
             return
         target = f"{owner}.{inner}" if wrapper else key
         path, _, leaf = target.rpartition(".")
+        if wrapper and target in rest:
+            # bias="all" and saved embeddings write such a tensor twice; PEFT reads the one without wrapper.
+            self.copies.append(spec.name)
+            return
         saved = self._saved.find(path)
         if saved is not None:
             self._hit.add(saved)
-            if wrapper and leaf == "bias" and self._bias == "all" and target in rest:
-                self.copies.append(spec.name)  # bias="all" writes such a bias twice
-                return
             self._keep(without_base_layer(target), "modules_to_save", spec)
         elif wrapper == "modules_to_save":
             self._refuse(key, spec)
@@ -113,6 +115,10 @@ class FullTensors:
             self._keep(without_base_layer(target), "modules_to_save", spec, floating=True)
         elif leaf in ("weight", "bias") and self._is_embedding(path):
             self._embedding(path, leaf, spec)
+        elif (
+            leaf == "weight" and path.endswith(_TOKEN_BASE) and self._is_embedding(path[: -len(_TOKEN_BASE)])
+        ):
+            self._embedding(path[: -len(_TOKEN_BASE)], leaf, spec)
         else:
             self._refuse(key, spec)
 

@@ -12,13 +12,28 @@ from adapterhub_tools.errors import Problem
 from adapterhub_tools.model.adapter import FullTensor, TargetModule
 from adapterhub_tools.model.tensor import TensorSpec
 
-WHOLE_MODEL = ""
+WHOLE_MODEL = "*"
 """The path of factors that belong to no single module: shared bases, prompts, routers."""
+
+_FIELD_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "psoft_alpha": "alpha",
+    "randlora_alpha": "alpha",
+    "shadow_alpha": "alpha",
+    "scaling": "scale",
+}
+"""Config field -> hyperparameter; ``scaling`` is the name of a rule in this package."""
 
 
 def hyperparameters(config: Mapping[str, Any], kind: PeftType) -> dict[str, Any]:
-    """Returns the config fields that enter the maths of this type, as they stand."""
-    return {name: config[name] for name in kind.maths if config.get(name) is not None}
+    """Returns the config fields that enter the maths of this type; a rank of 0 is none (OFT)."""
+    found = {
+        _FIELD_NAMES.get(name, name): config[name] for name in kind.maths if config.get(name) is not None
+    }
+    if found.get("rank") == 0:
+        del found["rank"]
+    return found
 
 
 def build(factors: Factors, config: Mapping[str, Any], kind: PeftType) -> list[TargetModule]:
@@ -29,7 +44,7 @@ def build(factors: Factors, config: Mapping[str, Any], kind: PeftType) -> list[T
     hparams = hyperparameters(config, kind)
     return [
         TargetModule(
-            path=path,
+            path=path or WHOLE_MODEL,
             method=kind.method,
             kind="unknown",
             hparams=dict(hparams),

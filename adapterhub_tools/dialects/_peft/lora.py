@@ -228,6 +228,8 @@ def _check_pair(
     """Checks that A and B fit each other and the config's rank; returns the rank that the tensors have."""
     a, b = factors["A"], factors["B"]
     rank, across = a.shape[0], b.shape[1]
+    if settings.merged_linear:
+        return across  # A stacks one factor for each enabled slice, B is a grouped convolution
     if len(a.shape) != len(b.shape):
         say("shape", f"A has shape {list(a.shape)} and B {list(b.shape)}; expected as many dimensions.", b)
         return rank

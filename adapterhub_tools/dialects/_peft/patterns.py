@@ -31,6 +31,9 @@ WALL_SECONDS = 10.0
 _WORK_HERE = 4_000_000
 """Matcher steps per call that are run in this process: about a tenth of a second."""
 
+_MAX_LOOKUPS = 1_000_000
+"""Table lookups per call for plain keys: about a second."""
+
 _MAX_DEPTH = 20
 """Groups nested deeper are left to the child, where the parser's recursion cannot hurt."""
 
@@ -131,24 +134,58 @@ def key_matches(
     Raises:
         FormatError: as ``matches`` does.
     """
-    exact = [i for i, key in enumerate(keys) if is_literal(key)]
-    by_length: dict[int, dict[str, list[int]]] = {}
-    for i in exact:
-        last = keys[i].rpartition(".")[2]
-        by_length.setdefault(len(last), {}).setdefault(last, []).append(i)
-    others = [i for i in range(len(keys)) if i not in set(exact)] if len(exact) < len(keys) else []
+    literal = _LiteralKeys(keys)
+    others = [i for i, key in enumerate(keys) if not is_literal(key)]
     jobs = [(Pattern(text=rf"(.*\.)?({keys[i]})$", shown=keys[i], file=file, loc=loc), None) for i in others]
     tables = _evaluate(jobs, paths)
     result: list[list[int]] = []
     for column, path in enumerate(paths):
         found = [i for i, row in zip(others, tables, strict=True) if row[column] is not None]
-        for length, keyed in by_length.items():
-            for i in keyed.get(path[len(path) - length :] if length <= len(path) else "", ()):
-                start = len(path) - len(keys[i])
-                if literal_at(keys[i], path, start) and (start == 0 or path[start - 1] == "."):
-                    found.append(i)
-        result.append(sorted(found))
+        result.append(sorted((*found, *literal.find(path))))
+        if literal.lookups > _MAX_LOOKUPS:
+            what = f"is one of {len(keys)}, too many of them alike to be compared with {len(paths)} modules."
+            raise FormatError(Pattern(text=keys[0], file=file, loc=loc).problem(what, "Give fewer patterns."))
     return result
+
+
+class _LiteralKeys:
+    """Keys without special characters, looked up by hash although their dots stand for any character.
+
+    Keys of one length with dots in the same places differ only in the rest, so the end of a path with those
+    places blanked out is looked up in a table. Real configs have a handful of such places for each length.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.lookups = 0
+        self._tables: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
+        for i, key in enumerate(keys):
+            if is_literal(key):
+                dots = tuple(at for at, char in enumerate(key) if char == ".")
+                table = self._tables.setdefault(len(key), {}).setdefault(dots, {})
+                table.setdefault(key, []).append(i)
+
+    def find(self, path: str) -> list[int]:
+        """Returns the indices of the keys that match the whole path or its end after a dot."""
+        found: list[int] = []
+        start = 0
+        while start >= 0:
+            end = path[start:]
+            for dots, table in self._tables.get(len(end), {}).items():
+                self.lookups += 1
+                found.extend(table.get(_blanked(end, dots), ()))
+            start = path.find(".", start) + 1 or -1
+        return found
+
+
+def _blanked(text: str, places: tuple[int, ...]) -> str:
+    """Puts a dot where a pattern has one; a newline stays, as a dot does not match it."""
+    if all(text[at] == "." for at in places):
+        return text
+    chars = list(text)
+    for at in places:
+        if chars[at] != "\n":
+            chars[at] = "."
+    return "".join(chars)
 
 
 def _evaluate(jobs: Sequence[tuple[Pattern, str | None]], texts: Sequence[str]) -> list[list[str | None]]:

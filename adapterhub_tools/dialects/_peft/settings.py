@@ -40,6 +40,7 @@ class Settings:
         self.rslora = config.get("use_rslora") is True
         self.fan_in_fan_out = config.get("fan_in_fan_out") is True
         self.blocks = isinstance(config.get("use_bdlora"), dict)
+        self.merged_linear = bool(config.get("enable_lora"))
         self.lora_bias = config.get("lora_bias") is True
         self.dora = config.get("use_dora") is True
         self.kasa = isinstance(config.get("kasa_config"), dict)
@@ -117,7 +118,9 @@ class Settings:
         bad = {a for a in self.alphas.values() if isinstance(a, (int, float)) and not _good_alpha(a)}
         for alpha in sorted(bad, key=repr):
             where = next(path for path, a in self.alphas.items() if a is alpha or a == alpha)
-            message = f"lora_alpha {alpha}{_for(where)}; expected a number above 0 and up to {MAX_ALPHA:g}."
+            message = (
+                f"lora_alpha {escape(alpha)}{_for(where)}; expected a number above 0 and up to {MAX_ALPHA:g}."
+            )
             remedy = f'Correct "lora_alpha" or "alpha_pattern" in {self.file}.'
             self.problems.append(
                 Problem(kind="scale", message=message, file=self.file, loc="lora_alpha", remedy=remedy)

@@ -44,13 +44,12 @@ class TargetRule:
     def from_config(cls, config: Mapping[str, Any], *, file: str = "adapter_config.json") -> TargetRule:
         """Reads the rule from a config; fields of a wrong type, reported elsewhere, count as absent."""
         layers = config.get("layers_to_transform")
-        if isinstance(layers, int):
-            layers = [layers]
+        numbers = layers if isinstance(layers, list) else [layers]
         return cls(
             target_modules=_names(config.get("target_modules")),
             exclude_modules=_names(config.get("exclude_modules")) or (),
             modules_to_save=_list(config.get("modules_to_save")),
-            layers=frozenset(i for i in layers if isinstance(i, int)) if layers else None,
+            layers=frozenset(i for i in numbers if isinstance(i, int)) or None,
             layers_pattern=_list(config.get("layers_pattern")),
             parameters=_list(config.get("target_parameters")),
             file=file,
