@@ -9,7 +9,7 @@ nearest names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from adapterhub_tools import registry
@@ -17,7 +17,7 @@ from adapterhub_tools.architectures import Architecture, embedding_names, lookup
 from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.plan import Placement
-from adapterhub_tools.model.tensor import FLOAT_DTYPES
+from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.ops.name_rules import NameRule, choose_rule
 from adapterhub_tools.ops.tied import Tie, find_tie, says_tied
 from adapterhub_tools.store.checkpoint import Checkpoint
@@ -73,10 +73,10 @@ class Fit:
 
         A head that is tied to the embedding and not stored has the embedding's tensor.
         """
-        names = {self._stored(place.base_tensor) for place in self.placements.values()} | set(
+        names = {self.stored(place.base_tensor) for place in self.placements.values()} | set(
             self.biases.values()
         )
-        names |= {item.base_tensor for item in self.full if not item.added}
+        names |= {self.stored(item.base_tensor) for item in self.full if not item.added}
         return tuple(sorted(names, key=lambda name: name.encode("utf-8")))
 
     @property
@@ -85,7 +85,8 @@ class Fit:
         names = {place.base_tensor for place in self.placements.values()} | set(self.biases.values())
         return tuple(sorted(names | {item.base_tensor for item in self.full}))
 
-    def _stored(self, name: str) -> str:
+    def stored(self, name: str) -> str:
+        """Returns the base tensor that has a weight's values: the embedding's for a head not stored."""
         tie = self.tie
         return (
             tie.input_name if tie is not None and name == tie.output_name and not tie.output_stored else name
@@ -119,6 +120,14 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
     rule = choose_rule(adapter, reach, architecture.base_prefix if architecture else "", problems)
     if rule.strip or rule.add:
         notes.append(f"names: {rule.words}")
+    full: list[FittedFull] = []
+    starts: dict[str, TensorSpec] = {}
+    for carried in sorted(adapter.full, key=lambda item: item.rows is not None):
+        item = _fit_full(carried, rule, checkpoint, tie, starts, problems)
+        if item is not None:
+            full.append(item)
+            if carried.rows is None:
+                starts[item.base_tensor] = carried.tensor
     modules: list[TargetModule] = []
     placements: dict[str, Placement] = {}
     biases: dict[str, str] = {}
@@ -127,18 +136,14 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         source = tie.input_name if tie and name not in stored and name == tie.output_name else name
         if source not in stored:
             continue
-        fitted = _fit_module(module, source, checkpoint, architecture, problems, notes)
+        start = starts.get(name, checkpoint.tensors[source].spec)
+        fitted = _fit_module(module, source, start, checkpoint, architecture, problems, notes)
         modules.append(fitted)
         placements[module.path] = Placement(
             base_tensor=name, transposed=fitted.kind in ("conv1d", "embedding")
         )
         if "bias" in module.factors:
             _fit_bias(module, name.removesuffix("weight") + "bias", checkpoint, biases, problems)
-    full = [
-        item
-        for carried in adapter.full
-        if (item := _fit_full(carried, rule, checkpoint, tie, problems)) is not None
-    ]
     if architecture is None and says_tied(config):
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
     _check_coverage(adapter, checkpoint, rule, problems, notes)
@@ -157,16 +162,21 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
 def _fit_module(
     module: TargetModule,
     source: str,
+    start: TensorSpec,
     checkpoint: Checkpoint,
     architecture: Architecture | None,
     problems: list[Problem],
     notes: list[str],
 ) -> TargetModule:
-    """Decides the kind where the adapter's file leaves it open, and compares the shapes."""
+    """Decides the kind where the adapter's file leaves it open, and compares the shapes.
+
+    The delta is added to ``start``: the base tensor ``source``, or the resized embedding that the adapter
+    carries.
+    """
     base = checkpoint.tensors[source].spec
     kind = module.kind
     if kind in _ONE_D_KINDS and "A" in module.factors and "B" in module.factors:
-        kind = _linear_or_conv1d(module, base.shape, architecture)
+        kind = _linear_or_conv1d(module, start.shape, architecture)
         if kind != module.kind and module.kind != "unknown":
             said = module.kind == "conv1d"
             note = f"fan_in_fan_out is {said} in the config, but the base stores {kind} weights"
@@ -184,8 +194,8 @@ def _fit_module(
         )
     elif module.method in registry.names("methods"):
         method = registry.load("methods", module.method).IMPLEMENTATION.from_hparams(module.hparams)
-        problems.extend(method.check(module.factors, kind, base, module.path))
-    return replace(module, kind=kind, base_shape=base.shape)
+        problems.extend(method.check(module.factors, kind, start, module.path))
+    return replace(module, kind=kind, base_shape=start.shape)
 
 
 def _linear_or_conv1d(module: TargetModule, shape: tuple[int, ...], architecture: Architecture | None) -> str:
@@ -217,14 +227,22 @@ def _fit_bias(
 
 
 def _fit_full(
-    item: FullTensor, rule: NameRule, checkpoint: Checkpoint, tie: Tie | None, problems: list[Problem]
+    item: FullTensor,
+    rule: NameRule,
+    checkpoint: Checkpoint,
+    tie: Tie | None,
+    starts: Mapping[str, TensorSpec],
+    problems: list[Problem],
 ) -> FittedFull | None:
+    """Finds the tensor that an adapter's full tensor replaces; ``starts`` has those replaced whole."""
     module, _, leaf = item.target.rpartition(".")
     name = f"{rule.to_disk(module, checkpoint.tensors.keys())}.{leaf}"
     if name not in checkpoint.tensors and item.target in checkpoint.tensors:
         name = item.target
     shape = item.tensor.shape
-    if name not in checkpoint.tensors:
+    shared = tie is not None and name == tie.output_name and not tie.output_stored
+    source = tie.input_name if tie is not None and shared and item.rows is not None else name
+    if source not in checkpoint.tensors:
         if item.role in ("modules_to_save", "saved_embedding"):
             return FittedFull(full=item, base_tensor=name, added=True, grown=False)
         problems.append(
@@ -236,7 +254,7 @@ def _fit_full(
             )
         )
         return None
-    base = checkpoint.tensors[name].spec
+    base = starts.get(name, checkpoint.tensors[source].spec)
     if item.rows is not None:
         fits = (
             len(base.shape) == 2

@@ -322,7 +322,12 @@ def _report(
     resolved: int,
 ) -> MergeReport:
     names = {step.output.name for step in planned.plan.steps if step.action in ("merge", "replace")}
-    expected = {name for part in parts for name in part.fit.changed_names}
+    # A head that stays tied to the embedding and is not stored is changed there.
+    expected = {
+        name if planned.ties.untied else part.fit.stored(name)
+        for part in parts
+        for name in part.fit.changed_names
+    }
     return MergeReport(
         out=None if out is None else str(out),
         dry_run=receipt is None,

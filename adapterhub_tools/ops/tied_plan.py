@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapterhub_tools.errors import UnsupportedError
-from adapterhub_tools.model.plan import ByteRange
+from adapterhub_tools.model.plan import ByteRange, Term
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.tied import Tie
 
@@ -41,7 +41,7 @@ def settle_ties(
     * Only rows of the embedding are replaced (trainable tokens): PEFT shows them to both sides; the tie
     stays.
     * The adapter asks for tying (``ensure_weight_tying``) and changes one side: the change is the pair's.
-    * The adapter carries both sides in full and they are equal: the tie stays.
+    * The adapter makes the same change to both sides, value by value: the tie stays.
     * Otherwise both tensors are written, the unchanged one with the values of the shared tensor.
 
     Raises:
@@ -53,15 +53,15 @@ def settle_ties(
     _refuse_others(tie)
     inner, outer = changes.get(tie.input_name), changes.get(tie.output_name)
     asks = all(part.opened.adapter.ties for part in parts if _touches(part, tie))
-    if inner is None and outer is not None and asks:
+    if inner is None and outer is not None and asks and (outer.terms or outer.start is not None):
         inner, outer = outer, None
         changes[tie.input_name] = inner
         del changes[tie.output_name]
     if inner is not None and outer is None and (asks or (not inner.terms and inner.start is None)):
         return _keep(tie, changes, inner, base_range, "the change is made to both")
-    if inner is not None and outer is not None and _equal_replacements(inner, outer, parts):
+    if inner is not None and outer is not None and _alike(inner, outer, parts):
         del changes[tie.output_name]
-        return _keep(tie, changes, inner, base_range, "the adapter carries both and they are equal")
+        return _keep(tie, changes, inner, base_range, "the adapter changes both alike")
     if outer is None:
         outer = changes.setdefault(tie.output_name, Change())
     if outer.start is None:
@@ -108,16 +108,60 @@ def _keep(
     )
 
 
-def _equal_replacements(inner: Change, outer: Change, parts: Sequence[Part]) -> bool:
-    if inner.start is None or outer.start is None or inner.terms or outer.terms or inner.patch or outer.patch:
+def _alike(inner: Change, outer: Change, parts: Sequence[Part]) -> bool:
+    """Says whether two changes of a tied pair are the same, so that one tensor can hold the result."""
+    sources = {part.uri: part for part in parts}
+    if (inner.start is None) != (outer.start is None) or (inner.patch is None) != (outer.patch is None):
         return False
-    first, second = inner.start, outer.start
+    if len(inner.terms) != len(outer.terms):
+        return False
+    pairs = []
+    if inner.start is not None and outer.start is not None:
+        pairs.append((inner.start, outer.start))
+    if inner.patch is not None and outer.patch is not None:
+        if inner.patch.rows != outer.patch.rows:
+            return False
+        pairs.append((inner.patch.source, outer.patch.source))
+    return all(_equal_bytes(first, second, sources) for first, second in pairs) and all(
+        _equal_terms(first, second, sources) for first, second in zip(inner.terms, outer.terms, strict=True)
+    )
+
+
+def _equal_bytes(first: ByteRange, second: ByteRange, sources: Mapping[str, Part]) -> bool:
     if first.spec.shape != second.spec.shape or first.spec.dtype != second.spec.dtype:
         return False
-    sources = {part.uri: part for part in parts}
     with sources[first.uri].open() as left, sources[second.uri].open() as right:
         for at in range(0, first.spec.nbytes, _PIECE):
             size = min(_PIECE, first.spec.nbytes - at)
             if left.read(first.offset + at, size) != right.read(second.offset + at, size):
                 return False
     return True
+
+
+def _equal_terms(first: Term, second: Term, sources: Mapping[str, Part]) -> bool:
+    """Says whether two terms add the same product: alike in method and scale, and in their factors.
+
+    An embedding's factors are those of a linear layer transposed, A for Bᵀ and B for Aᵀ.
+    """
+    if first.method != second.method or {"A", "B"} != set(first.factors) or {"A", "B"} != set(second.factors):
+        return False
+    turned = (first.hparams["kind"] == "embedding") != (second.hparams["kind"] == "embedding")
+    for name in {*first.hparams, *second.hparams} - {"kind", "fan_in_fan_out"}:
+        if first.hparams.get(name) != second.hparams.get(name):
+            return False
+    partner = {"A": "B", "B": "A"} if turned else {"A": "A", "B": "B"}
+    return all(
+        _equal_factors(item, second.factors[partner[role]], turned, sources)
+        for role, item in first.factors.items()
+    )
+
+
+def _equal_factors(first: ByteRange, second: ByteRange, turned: bool, sources: Mapping[str, Part]) -> bool:
+    if not turned:
+        return _equal_bytes(first, second, sources)
+    if first.spec.shape != second.spec.shape[::-1] or first.spec.dtype != second.spec.dtype:
+        return False
+    from adapterhub_tools.engine.buffers import load_whole
+
+    with sources[first.uri].open() as left, sources[second.uri].open() as right:
+        return bool((load_whole(left, first) == load_whole(right, second).t()).all())

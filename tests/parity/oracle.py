@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -115,12 +116,16 @@ def _loader(made: nn.Module, case: Case) -> Callable[[Path], nn.Module]:
     return load_loosely
 
 
-def load_exactly(cls: type[PreTrainedModel], folder: Path, *, unused: str = "", **options: Any) -> PreTrainedModel:
+def load_exactly(
+    cls: type[PreTrainedModel], folder: Path, *, unused: str = "", **options: Any
+) -> PreTrainedModel:
     """Loads a folder with transformers; no tensor may be missing, left over or of another shape."""
     model, info = cls.from_pretrained(
         folder, output_loading_info=True, dtype=options.pop("dtype", torch.float32), **options
     )
-    found = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    found = {
+        what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if unused:
         found["unexpected_keys"] = [key for key in found["unexpected_keys"] if not key.startswith(unused)]
     assert not any(found.values()), found
@@ -201,20 +206,21 @@ def check_parity(case: Case, folder: Path, *, reference_is_right: bool = True) -
     return report, out
 
 
-def refused(error: type[AdapterError], kind: str, base: Path, adapter: Path, out: Path, **options: Any) -> Any:
+def refused(
+    error: type[AdapterError], kind: str, base: Path, adapter: Path, out: Path, **options: Any
+) -> Any:
     """Merges what must be refused, checks class, kind and remedy, and that nothing is left behind.
 
     Returns:
         The problem of that kind.
     """
     before = sorted(out.parent.iterdir())
-    try:
+    with pytest.raises(AdapterError) as caught:
         ours(base, adapter, out, **options)
-    except AdapterError as raised:
-        assert type(raised) is error, f"{type(raised).__name__}: {raised}"
-        found = [problem for problem in raised.problems if problem.kind == kind]
-        assert found, f"{kind} not among {[(p.kind, str(p)) for p in raised.problems]}"
-        assert found[0].remedy, str(found[0])
-        assert sorted(out.parent.iterdir()) == before
-        return found[0]
-    raise AssertionError(f"merged what must be refused as {kind}")
+    raised = caught.value
+    assert type(raised) is error, f"{type(raised).__name__}: {raised}"
+    found = [problem for problem in raised.problems if problem.kind == kind]
+    assert found, f"{kind} not among {[(p.kind, str(p)) for p in raised.problems]}"
+    assert found[0].remedy, str(found[0])
+    assert sorted(out.parent.iterdir()) == before
+    return found[0]
