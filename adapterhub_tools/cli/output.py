@@ -7,6 +7,7 @@ Tables are made by rich, which is loaded only when a table is printed and leaves
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,12 @@ class Output:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+    # rich keeps bold text under NO_COLOR; without a colour system it writes no escape sequence at all.
+    return Console(
+        width=None if sys.stdout.isatty() else PIPE_COLUMNS,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+        highlight=False,
+    )
 
 
 def escape_line(text: str) -> str:
@@ -135,7 +141,7 @@ def size_text(nbytes: int) -> str:
 
 def share_text(share: float) -> str:
     """Returns a share as a percentage with two significant digits at least."""
-    return f"{share:.2%}" if share >= 0.01 else f"{share * 100:.2g} %".replace(" %", "%")
+    return f"{share:.2%}" if share >= 0.01 else f"{100 * share:.2g}%"
 
 
 def distribution_text(counts: Mapping[str, int]) -> str:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from adapterhub_tools.errors import AdapterError, MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.manifest import MANIFEST_NAME
+from adapterhub_tools.model.manifest_blocks import LOW_RANK_METHODS
+from adapterhub_tools.model.scaling import scale_of
 from adapterhub_tools.ops.base_report import main_dtype
 from adapterhub_tools.ops.fit import Fit, fit
 from adapterhub_tools.ops.hash import tensor_digests
 from adapterhub_tools.store.digest import DEFAULT, config_digest, root_digest, split_digest
 
 if TYPE_CHECKING:
-    from adapterhub_tools.model.adapter import Adapter
+    from adapterhub_tools.model.adapter import Adapter, TargetModule
     from adapterhub_tools.model.manifest import Manifest
     from adapterhub_tools.model.protocols import Progress
     from adapterhub_tools.store.checkpoint import Checkpoint
@@ -32,15 +34,27 @@ def fit_problems(
 ) -> Fit:
     """Fits an adapter to a base and reports what is wrong, each problem in its class.
 
+    Modules whose factors or hyperparameters are incomplete, which reading has reported, have no shape to
+    compare and are left out.
+
     Args:
         adapter: as read from its files.
         checkpoint: the opened base.
         add: takes a class of error and problems.
     """
-    fitted = fit(adapter, checkpoint)
+    complete = tuple(module for module in adapter.modules if _has_shape(module))
+    fitted = fit(replace(adapter, modules=complete), checkpoint)
     for problem in fitted.problems:
         add(UnsupportedError if problem.kind in _UNSUPPORTED_KINDS else MismatchError, [problem])
     return fitted
+
+
+def _has_shape(module: TargetModule) -> bool:
+    """Tells whether a low-rank module has both factors, as matrices, and a scale; others are not compared."""
+    if module.method not in LOW_RANK_METHODS:
+        return True
+    factors = (module.factors.get("A"), module.factors.get("B"))
+    return all(f is not None and len(f.shape) >= 2 for f in factors) and scale_of(module.hparams) is not None
 
 
 def identify_base(
