@@ -135,13 +135,16 @@ def _check_apart(out: Path, reading: Path) -> None:
     if not folder.is_dir():
         return
     # A folder of links, such as a snapshot in a Hub cache, is only as safe as what they point to.
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                real = Path(os.path.realpath(entry.path))
-                if out == real or out in real.parents:
-                    message = f"the output holds '{escape(real)}', to which '{escape(reading)}' links."
-                    raise _refused("overlaps-input", out, message, remedy)
+    try:
+        with os.scandir(folder) as entries:
+            links = [entry.path for entry in entries if entry.is_symlink()]
+    except OSError as error:
+        raise store_error(error, "list the folder", reading) from error
+    for link in links:
+        real = Path(os.path.realpath(link))
+        if out == real or out in real.parents:
+            message = f"the output holds '{escape(real)}', to which '{escape(reading)}' links."
+            raise _refused("overlaps-input", out, message, remedy)
 
 
 def _identities(path: Path) -> Iterator[tuple[int, int]]:

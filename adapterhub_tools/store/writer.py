@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import errno
 import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapterhub_tools.errors import StoreError
@@ -33,6 +36,8 @@ def _load_sync_file_range() -> ctypes._CFuncPtr | None:  # type: ignore[name-def
 
 
 _SYNC_FILE_RANGE = _load_sync_file_range()
+_NOT_POSSIBLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ESPIPE)
+"""What an optional call fails with where the platform or the file system cannot do it."""
 
 
 class RangeWriter:
@@ -54,26 +59,22 @@ class RangeWriter:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             if length and hasattr(os, "posix_fallocate"):
-                try:
-                    os.posix_fallocate(self._fd, 0, length)
-                except OSError as error:
-                    import errno
-
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                        raise
+                with self._named():
+                    self._reserve(length)
         except OSError:
-            os.close(self._fd)
+            self.close()
             raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """Writes all of ``data`` at ``offset`` and starts its way to the disk.
 
         Raises:
-            OSError: the disk is full or broken; the staged directory maps it.
+            OSError: the disk is full or broken; names this file, and the staged directory maps it.
         """
         view, at = data, offset
         while len(view):
-            done = os.pwrite(self._fd, view, at)
+            with self._named():
+                done = os.pwrite(self._fd, view, at)
             if done == 0:
                 raise StoreError.of(
                     "write", "the system wrote nothing.", file=str(self.path), remedy="Try again."
@@ -81,7 +82,7 @@ class RangeWriter:
             view, at = view[done:], at + done
         if _SYNC_FILE_RANGE is None:
             return
-        _SYNC_FILE_RANGE(self._fd, offset, len(data), _WRITE)
+        self._write_back(offset, len(data), _WRITE)
         with self._lock:
             self._pending.append((offset, len(data)))
             self._lag += len(data)
@@ -90,19 +91,56 @@ class RangeWriter:
                 oldest.append(self._pending.popleft())
                 self._lag -= oldest[-1][1]
         for start, length in oldest:
-            _SYNC_FILE_RANGE(self._fd, start, length, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-            if self._drop:
-                os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_DONTNEED)
+            self._write_back(start, length, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            self._drop_pages(start, length)
 
     def finish(self) -> None:
-        """Waits until everything is on the disk, and closes the file."""
-        os.fsync(self._fd)
-        if self._drop and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        """Waits until everything is on the disk, and closes the file.
+
+        Raises:
+            OSError: the device refused; names this file.
+        """
+        with self._named():
+            os.fsync(self._fd)
+        self._drop_pages(0, 0)
         self.close()
 
     def close(self) -> None:
-        """Closes the file, finished or not; a second call does nothing."""
+        """Closes the file, finished or not; a second call does nothing.
+
+        Raises:
+            OSError: the file system reports a failed write only now; names this file.
+        """
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1  # closed even if the call fails
+            with self._named():
+                os.close(fd)
+
+    def _reserve(self, length: int) -> None:
+        try:
+            os.posix_fallocate(self._fd, 0, length)
+        except OSError as error:
+            if error.errno not in _NOT_POSSIBLE:
+                raise
+
+    def _write_back(self, start: int, length: int, flags: int) -> None:
+        """Calls sync_file_range; its errors count, since the kernel tells each only once, fsync included."""
+        if _SYNC_FILE_RANGE is None or _SYNC_FILE_RANGE(self._fd, start, length, flags) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _NOT_POSSIBLE:
+            raise OSError(code, os.strerror(code), str(self.path))
+
+    def _drop_pages(self, start: int, length: int) -> None:
+        if self._drop and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice only
+                os.posix_fadvise(self._fd, start, length, os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Adds this file's path to an error of a call on its descriptor."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
