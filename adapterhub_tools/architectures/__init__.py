@@ -56,7 +56,9 @@ class Architecture:
 @lru_cache(maxsize=1)
 def table() -> dict[str, Architecture]:
     """Returns every known architecture by model type."""
-    data = json.loads(files(__package__).joinpath("tables.json").read_text(encoding="utf-8"))
+    data = json.loads(
+        files("adapterhub_tools.architectures").joinpath("tables.json").read_text(encoding="utf-8")
+    )
     return {
         name: Architecture(
             model_type=name,

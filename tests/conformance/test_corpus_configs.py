@@ -1,7 +1,7 @@
 """Every adapter config of a corpus of real files is described or refused for a stated reason.
 
-The corpus is not part of the repository; ADAPTERTOOL_CORPUS names its folder (default: ../shared/corpus beside
-the repository). Without it there is nothing to test.
+The corpus is not part of the repository; ADAPTERTOOL_CORPUS names its folder (default: ../shared/corpus
+beside the repository). Without it there is nothing to test.
 """
 
 from __future__ import annotations

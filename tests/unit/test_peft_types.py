@@ -37,7 +37,7 @@ def test_every_layer_tensor_has_a_role(name):
 
 
 def _never_saved(name):
-    """AdaLoRA inherits LoRA's names but has no embeddings and no magnitudes; PEFT drops its dropout layers."""
+    """AdaLoRA inherits LoRA's names but has no embeddings or magnitudes; dropout has no tensors."""
     if name == "ADALORA":
         return {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
     return {"shadow_dropout"} if name == "SHADOW" else set()

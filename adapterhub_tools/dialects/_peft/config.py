@@ -41,7 +41,9 @@ class PeftType:
 @lru_cache(maxsize=1)
 def table() -> tuple[dict[str, PeftType], frozenset[str]]:
     """Returns every known ``peft_type`` and the fields that all of them share."""
-    data = json.loads(files(__package__).joinpath("types.json").read_text(encoding="utf-8"))
+    data = json.loads(
+        files("adapterhub_tools.dialects._peft").joinpath("types.json").read_text(encoding="utf-8")
+    )
     rows = {
         name: PeftType(
             name=name,
