@@ -81,8 +81,6 @@ def report_base(path: Path, checkpoint: Checkpoint) -> BaseReport:
     notes = []
     if checkpoint.config is None:
         notes.append("there is no config.json, so only the tensors are described")
-    if checkpoint.config is None and any("lora" in name.lower() for name in specs):
-        notes.append("the names look like an adapter's, in a naming scheme that is not known here")
     if quantisation is not None:
         notes.append(f"the weights are quantised ({quantisation}): values of packed tensors count as stored")
     return BaseReport(

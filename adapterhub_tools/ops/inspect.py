@@ -237,7 +237,7 @@ def group_targets(modules: Iterable[TargetModule]) -> tuple[TargetGroup, ...]:
             name=name,
             kind=kind,
             modules=len(members),
-            ranks=tuple(sorted({m.hparams["rank"] for m in members if "rank" in m.hparams})),
+            ranks=tuple(sorted({m.hparams["rank"] for m in members if m.hparams.get("rank") is not None})),
             shapes=tuple(sorted({shape for m in members if (shape := _weight_shape(m)) is not None})),
             parameters=sum(m.parameters for m in members),
         )
