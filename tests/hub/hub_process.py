@@ -74,7 +74,9 @@ class HubServer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line.strip() != b"READY":
-            raise AssertionError(f"the Hub server did not start: {(self.data / 'server.log').read_text()[-4000:]}")
+            raise AssertionError(
+                f"the Hub server did not start: {(self.data / 'server.log').read_text()[-4000:]}"
+            )
 
     def kill(self) -> None:
         """SIGKILL, and waits until the process is gone."""
@@ -236,11 +238,15 @@ class HubServer:
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
             "HF_HUB_DOWNLOAD_TIMEOUT": "2",
             "HF_HUB_ETAG_TIMEOUT": "2",
+            "ADAPTERTOOL_RETRY_WAIT": "0.05",
+            "ADAPTERTOOL_TIMEOUT": "0.8",
+            "ADAPTERTOOL_TIME_LIMIT": "20",
             "NO_PROXY": "*",
             "PYTHONPATH": str(REPOSITORY),
         }
         if token is not None:
             settings["HF_TOKEN"] = self.tokens.get(token, token)
+            settings["ADAPTERTOOL_TOKEN_ENDPOINT"] = endpoint or self.endpoint
         return {**kept, **settings, **extra}
 
     @property

@@ -23,7 +23,8 @@ from tests.hub.server.hub import hub_app, storage_app
 from tests.hub.server.store import Account, Store
 from tests.hub.server.wire import App
 
-KEEP_ALIVE_SECONDS = 60  # longer than any test's pause: an idle connection that closes is not a fault that was armed
+# Longer than any pause of a test: an idle connection that closes would be a fault that nobody armed.
+KEEP_ALIVE_SECONDS = 60
 
 
 class QuietServer(uvicorn.Server):
@@ -85,8 +86,8 @@ async def serve() -> None:
     running = []
     for name, app in apps.items():
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", interface="asgi3", log_level="warning", access_log=False,
-            proxy_headers=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            app, http="h11", ws="none", lifespan="off", interface="asgi3", log_level="warning",
+            access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )  # fmt: skip
         running.append(asyncio.create_task(QuietServer(config).serve(sockets=[listen(getattr(args, name))])))
     threading.Thread(target=leave_with_parent, daemon=True).start()

@@ -6,10 +6,14 @@ An invalid or expired token is 401 everywhere, public repositories included.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 
 from tests.hub.server.store import Account, Repo, Store
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 
 def refuse(status: int, message: str, code: str = "") -> HTTPException:

@@ -1,7 +1,7 @@
 """Content in and out: resolve, LFS upload instructions, and the storage host that both point to.
 
-The storage ("CDN") is another origin. Its addresses are signed, and like S3 it refuses a request that carries an
-Authorization header beside the signature.
+The storage ("CDN") is another origin. Its addresses are signed, and like S3 it refuses a request that carries
+an Authorization header beside the signature.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from tests.hub.server.access import commit_of, readable_repo, refuse, writable_repo
 from tests.hub.server.store import Store
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 CHUNK = 1 << 18
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -96,11 +98,13 @@ def file_answer(request: Request, path: Path, headers: dict[str, str]) -> Respon
         for piece in _pieces(path, start, end):
             yield piece
 
-    return StreamingResponse(body(), status_code=status, headers=headers, media_type="application/octet-stream")
+    return StreamingResponse(
+        body(), status_code=status, headers=headers, media_type="application/octet-stream"
+    )
 
 
 async def resolve(request: Request) -> Response:
-    """HEAD and GET /{id}/resolve/{revision}/{path}: LFS content is a redirect to the storage, the rest to a copy."""
+    """HEAD and GET /{id}/resolve/{revision}/{path}: LFS content is elsewhere, and so is the rest."""
     repo = readable_repo(request)
     oid = commit_of(request, repo)
     store: Store = request.app.state.store
@@ -118,7 +122,11 @@ async def resolve(request: Request) -> Response:
             "X-Linked-Size": str(entry.size),
         }
         return RedirectResponse(signed(request, f"/blobs/{entry.sha256}"), status_code=302, headers=headers)
-    headers |= {"ETag": f'"{entry.blob_id}"', "X-Linked-Etag": f'"{entry.blob_id}"', "X-Linked-Size": str(entry.size)}
+    headers |= {
+        "ETag": f'"{entry.blob_id}"',
+        "X-Linked-Etag": f'"{entry.blob_id}"',
+        "X-Linked-Size": str(entry.size),
+    }
     target = f"/api/resolve-cache/models/{repo.name}/{oid}/{quote(path, safe='')}"
     return RedirectResponse(target, status_code=307, headers=headers)
 
@@ -178,10 +186,12 @@ async def lfs_batch(request: Request) -> Response:
             if size > store.multipart_bytes:
                 parts = math.ceil(size / store.part_bytes)
                 header = {
-                    f"{part:05d}": signed(request, f"/upload/{oid}/{part}", "PUT") for part in range(1, parts + 1)
+                    f"{part:05d}": signed(request, f"/upload/{oid}/{part}", "PUT")
+                    for part in range(1, parts + 1)
                 }
+                signature = _signature(request, f"complete {oid} {parts}")
                 upload = {
-                    "href": f"{base}/multipart/{oid}?X-Signature={_signature(request, f'complete {oid} {parts}')}",
+                    "href": f"{base}/multipart/{oid}?X-Signature={signature}",
                     "header": {"chunk_size": str(store.part_bytes), **header},
                 }
             answer["actions"] = {"upload": upload, "verify": {"href": f"{base}/verify"}}

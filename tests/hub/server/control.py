@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.hub.server.faults import Fault, Log, Play
 from tests.hub.server.store import Entry, Store, lfs_entry
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 SETTINGS = ("page_size", "lfs_bytes", "multipart_bytes", "part_bytes")
 
@@ -71,7 +73,9 @@ def control_app(store: Store, log: Log) -> Starlette:
             content = Path(source).read_bytes()
             Path(source).unlink()
             entry = store.regular_entry(content)
-            changes[path] = lfs_entry(entry.sha256, entry.size) if store.goes_to_lfs(path, entry.size) else entry
+            changes[path] = (
+                lfs_entry(entry.sha256, entry.size) if store.goes_to_lfs(path, entry.size) else entry
+            )
         ref = store.full_ref(name, body["revision"]) or f"refs/heads/{body['revision']}"
         commit = store.add_commit(
             name, ref, changes=changes, start=store.resolve(name, "main"), title=body["message"],

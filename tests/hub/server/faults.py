@@ -2,33 +2,35 @@
 
 Kinds and their arguments (those left out are chosen by the seed):
 
-==================  =====================================================================================
+==================  ======================================================================================
 status              the answer is an error: ``status``, ``headers``, ``body``; nothing is done. 429 says
-                    ``retry_after`` (seconds), 401, 403 and 404 carry the Hub's X-Error-Code where ``code``
-fin, rst            the answer is cut after ``fraction`` of its body (0: after the headers), cleanly or by reset;
-                    ``headers=False``: nothing of the answer is sent
+                    ``retry_after`` (seconds); 401, 403 and 404 carry ``error_code`` as X-Error-Code, unless
+                    ``code=False``
+fin, rst            the answer is cut after ``fraction`` of its body (0: after the headers), cleanly or by
+                    reset; ``headers=False``: nothing of the answer is sent
 upload_rst          the connection is reset when ``fraction`` of the request's body has arrived
 header_stall        nothing for ``seconds``, then the connection ends
 body_stall          the answer stops after ``fraction`` of its body for ``seconds``, then the connection ends
 truncate            a shorter body (``fraction`` of it) with a Content-Length that agrees
 extend              a body with ``extra`` more bytes and a Content-Length that agrees
 flip                one bit of the body differs, at ``position``; length and headers stay
-wrong_length        Content-Length is off by ``delta``; the connection ends after the body
+wrong_length        Content-Length says ``delta`` more than the body has; then the connection ends
 headers             headers are replaced: ``set`` (a null value removes one)
 stale_etag          ETag and X-Linked-Etag are those of other content; ``etag`` to say which
-etag_change         the first match is cut at ``fraction`` (FIN); every later one (while ``times`` lasts) answers
-                    with other content of the same length under another ETag
+etag_change         the first match is cut at ``fraction`` (FIN); every later one (while ``times`` lasts)
+                    answers with other content of the same length under another ETag
 range_ignored       the Range header is ignored: 200 and everything
 redirect_loop       302 to itself
 redirect            302 (or ``status``) to ``location``, or to the same path at origin ``to``
-listing             a JSON listing that lies: ``edit`` is "extra" (a file that is not there), "missing" (the first
-                    file matching ``name`` is left out), "wrong_digest", "wrong_size" (of it), "hostile" (``name`` is
-                    added as a path)
+listing             a JSON listing that lies: ``edit`` is "extra" (a file that is not there), "missing" (the
+                    first file matching ``name`` is left out), "wrong_digest", "wrong_size" (of it) or
+                    "hostile" (``name`` is added as a path)
 body                the body is ``text``, with a Content-Length that agrees and status 200
 lost_answer         everything is done, and the connection is cut (``how``: "fin" or "rst") before the answer
-kill                the server kills itself (SIGKILL): ``phase`` "before" the request is looked at, "during" (after
-                    ``fraction`` of its body), "handled" (done, not answered), "answer" (``fraction`` answered)
-==================  =====================================================================================
+kill                the server kills itself (SIGKILL): ``phase`` "before" the request is looked at, "during"
+                    (after ``fraction`` of its body), "handled" (done, not answered), "answer" (``fraction``
+                    answered)
+==================  ======================================================================================
 
 The server as a whole, rather than one request, refuses connections while it is killed.
 """
@@ -139,7 +141,13 @@ class Play:
     """One fault being played on one request."""
 
     def __init__(
-        self, gate: Gate, fault: Fault, scope: MutableMapping[str, Any], receive: Receive, wire: Wire, length: int
+        self,
+        gate: Gate,
+        fault: Fault,
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        wire: Wire,
+        length: int,
     ) -> None:
         """Takes the request before the application saw it; `length` is that of its body."""
         self.gate, self.fault, self.scope, self.receive, self.wire = gate, fault, scope, receive, wire
@@ -153,8 +161,10 @@ class Play:
         while (message := await self.receive())["type"] == "http.request" and message.get("more_body"):
             pass
 
-    async def reply(self, answer: Answer, *, content_length: int | None = -1, body: bytes | None = None) -> None:
-        """Sends a whole answer: Content-Length that of the body (-1), the application's (None) or a number."""
+    async def reply(
+        self, answer: Answer, *, content_length: int | None = -1, body: bytes | None = None
+    ) -> None:
+        """Sends a whole answer; Content-Length is that of the body (-1), the application's (None) or a number."""
         sent = answer.body if body is None else body
         head = self.scope["method"] == "HEAD"
         length = len(sent) if content_length == -1 and not head else content_length
@@ -163,7 +173,9 @@ class Play:
 
     def cut(self, answer: Answer) -> int:
         """Where a body is cut: never at its end."""
-        return min(int(self.fault.choose("fraction", 0.05, 0.95) * len(answer.body)), max(0, len(answer.body) - 1))
+        return min(
+            int(self.fault.choose("fraction", 0.05, 0.95) * len(answer.body)), max(0, len(answer.body) - 1)
+        )
 
     async def play_status(self) -> None:
         status = int(self.arguments["status"])
@@ -274,13 +286,19 @@ class Play:
 
     def _path_at(self, origin: str) -> str:
         query = self.scope["query_string"].decode("ascii")
-        return self.gate.origins[origin] + self.scope["raw_path"].decode("ascii") + (f"?{query}" if query else "")
+        return (
+            self.gate.origins[origin]
+            + self.scope["raw_path"].decode("ascii")
+            + (f"?{query}" if query else "")
+        )
 
     async def play_redirect_loop(self) -> None:
         await self._redirect(self._path_at(self.gate.origin))
 
     async def play_redirect(self) -> None:
-        await self._redirect(str(self.arguments.get("location") or self._path_at(self.arguments.get("to", "other"))))
+        await self._redirect(
+            str(self.arguments.get("location") or self._path_at(self.arguments.get("to", "other")))
+        )
 
     async def play_listing(self) -> None:
         answer = await self.answer()
@@ -318,7 +336,9 @@ def edit_listing(data: Any, edit: str, name: str) -> None:
     index = next((i for i, item in enumerate(items) if name in item[key]), 0)
     if edit in {"extra", "hostile"}:
         path = name if edit == "hostile" else (name or "tokenizer.json")
-        item = {"type": "file", "path": path, "oid": "0" * 40, "size": 3} if tree_form else {"rfilename": path}
+        item = (
+            {"type": "file", "path": path, "oid": "0" * 40, "size": 3} if tree_form else {"rfilename": path}
+        )
         items.append(item)
     elif edit == "missing":
         del items[index]

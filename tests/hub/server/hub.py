@@ -54,15 +54,22 @@ async def create_repo(request: Request) -> Response:
     url = f"{request.app.state.origins['hub']}/{name}"
     if _store(request).repo(name) is not None:
         message = "You already created this model repo"
-        return JSONResponse({"error": message, "url": url}, status_code=409, headers={"X-Error-Message": message})
-    _store(request).create_repo(name, private=body.get("visibility") == "private" or bool(body.get("private")))
+        return JSONResponse(
+            {"error": message, "url": url}, status_code=409, headers={"X-Error-Message": message}
+        )
+    _store(request).create_repo(
+        name, private=body.get("visibility") == "private" or bool(body.get("private"))
+    )
     return JSONResponse({"url": url, "name": name, "id": "0" * 24})
 
 
 async def delete_repo(request: Request) -> Response:
     account = need_account(request)
     body = await request.json()
-    request.scope["path_params"] = {"namespace": body.get("organization") or account.user, "name": body["name"]}
+    request.scope["path_params"] = {
+        "namespace": body.get("organization") or account.user,
+        "name": body["name"],
+    }
     repo, _ = writable_repo(request)
     _store(request).delete_repo(repo.name)
     return JSONResponse({})
@@ -218,12 +225,18 @@ async def create_commit(request: Request) -> Response:
     lines = [json.loads(line) for line in (await request.body()).splitlines() if line]
     header = lines[0]["value"]
     parent = header.get("parentCommit")
-    if lines[0]["key"] != "header" or not header.get("summary") or (parent and not COMMIT_ID.fullmatch(parent)):
+    if (
+        lines[0]["key"] != "header"
+        or not header.get("summary")
+        or (parent and not COMMIT_ID.fullmatch(parent))
+    ):
         raise refuse(400, "Invalid commit header")
     start = commit_of(request, repo)
     ref = store.full_ref(repo.name, request.path_params["revision"])
     changes, deleted = _changes(store, lines[1:])
-    missing = [path for path in deleted if not path.endswith("/") and path not in store.tree(repo.name, start)]
+    missing = [
+        path for path in deleted if not path.endswith("/") and path not in store.tree(repo.name, start)
+    ]
     if missing:
         raise refuse(404, f"A file with this name doesn't exist: {missing[0]}", "EntryNotFound")
     number = 0
@@ -242,7 +255,12 @@ async def create_commit(request: Request) -> Response:
     except ConflictError:
         raise refuse(412, "A commit has happened since. Please refresh and try again.") from None
     url = f"{request.app.state.origins['hub']}/{repo.name}"
-    answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}", "hookOutput": ""}
+    answer = {
+        "success": True,
+        "commitOid": commit.oid,
+        "commitUrl": f"{url}/commit/{commit.oid}",
+        "hookOutput": "",
+    }
     if number:
         answer["pullRequestUrl"] = f"{url}/discussions/{number}"
     return JSONResponse(answer)

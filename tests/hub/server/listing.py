@@ -63,10 +63,17 @@ def tree_file(path: str, entry: Entry, commit: Commit | None = None) -> dict[str
 
 def tree_folder(path: str, commit_id: str) -> dict[str, Any]:
     """One folder in a tree listing; its id depends on commit and path only."""
-    return {"type": "directory", "oid": hashlib.sha1(f"{commit_id}:{path}".encode()).hexdigest(), "size": 0, "path": path}
+    return {
+        "type": "directory",
+        "oid": hashlib.sha1(f"{commit_id}:{path}".encode()).hexdigest(),
+        "size": 0,
+        "path": path,
+    }
 
 
-def tree_items(tree: Mapping[str, Entry], commit: Commit, *, under: str, recursive: bool, expand: bool) -> list[Any]:
+def tree_items(
+    tree: Mapping[str, Entry], commit: Commit, *, under: str, recursive: bool, expand: bool
+) -> list[Any]:
     """The listing of a folder: its files and folders, deeper ones too if recursive."""
     prefix = f"{under}/" if under else ""
     items: dict[str, Any] = {}

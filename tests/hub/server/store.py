@@ -1,13 +1,12 @@
 """What the server keeps: repositories, refs, commits and tokens in SQLite; content as files named by SHA-256.
 
-A commit is one transaction, and content is renamed into place when complete, so a killed process leaves either
-the old state or the new one.
+A commit is one transaction, and content is renamed into place when complete, so a killed process leaves
+either the old state or the new one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import sqlite3
@@ -19,7 +18,8 @@ from pathlib import Path
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tokens (token TEXT PRIMARY KEY, user TEXT NOT NULL, role TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS repos (
-  name TEXT PRIMARY KEY, owner TEXT NOT NULL, private INTEGER NOT NULL, gated INTEGER NOT NULL, created REAL NOT NULL
+  name TEXT PRIMARY KEY, owner TEXT NOT NULL, private INTEGER NOT NULL, gated INTEGER NOT NULL,
+  created REAL NOT NULL
 );
 CREATE TABLE IF NOT EXISTS refs (
   repo TEXT NOT NULL, ref TEXT NOT NULL, oid TEXT NOT NULL, message TEXT, PRIMARY KEY (repo, ref)
@@ -33,7 +33,9 @@ CREATE TABLE IF NOT EXISTS files (
   sha256 TEXT NOT NULL, lfs INTEGER NOT NULL, PRIMARY KEY (repo, oid, path)
 );
 """
-GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n"
+GITATTRIBUTES = (
+    b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n"
+)
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".h5", ".onnx", ".msgpack")
 COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 
@@ -140,7 +142,7 @@ class Store:
         """Moves complete content to its name."""
         target = self.blob_path(sha256)
         target.parent.mkdir(exist_ok=True)
-        os.replace(temporary, target)
+        temporary.replace(target)
 
     def put(self, content: bytes) -> str:
         """Stores content; gives its SHA-256."""
@@ -169,7 +171,9 @@ class Store:
         owner = name.split("/")[0]
         self.db.execute("BEGIN IMMEDIATE")
         with self.db:
-            self.db.execute("INSERT INTO repos VALUES (?, ?, ?, ?, ?)", (name, owner, private, gated, time.time()))
+            self.db.execute(
+                "INSERT INTO repos VALUES (?, ?, ?, ?, ?)", (name, owner, private, gated, time.time())
+            )
             self._add_commit(
                 name, "refs/heads/main", None, {".gitattributes": self.regular_entry(GITATTRIBUTES)},
                 title="initial commit", message="", author=owner,
@@ -186,7 +190,9 @@ class Store:
                 self.db.execute(f"DELETE FROM {table} WHERE repo = ?", (name,))
 
     def refs(self, repo: str) -> dict[str, str]:
-        return dict(self.db.execute("SELECT ref, oid FROM refs WHERE repo = ? ORDER BY ref", (repo,)).fetchall())
+        return dict(
+            self.db.execute("SELECT ref, oid FROM refs WHERE repo = ? ORDER BY ref", (repo,)).fetchall()
+        )
 
     def set_ref(self, repo: str, ref: str, oid: str, message: str = "") -> None:
         self.db.execute("INSERT INTO refs VALUES (?, ?, ?, ?)", (repo, ref, oid, message))
@@ -211,7 +217,8 @@ class Store:
 
     def commit(self, repo: str, oid: str) -> Commit | None:
         row = self.db.execute(
-            "SELECT oid, parent, title, message, author, date FROM commits WHERE repo = ? AND oid = ?", (repo, oid)
+            "SELECT oid, parent, title, message, author, date FROM commits WHERE repo = ? AND oid = ?",
+            (repo, oid),
         ).fetchone()
         if row is None:
             return None
@@ -235,7 +242,8 @@ class Store:
     def tree(self, repo: str, oid: str) -> dict[str, Entry]:
         """Path -> entry of a commit, in order of path."""
         rows = self.db.execute(
-            "SELECT path, blob_id, size, sha256, lfs FROM files WHERE repo = ? AND oid = ? ORDER BY path", (repo, oid)
+            "SELECT path, blob_id, size, sha256, lfs FROM files WHERE repo = ? AND oid = ? ORDER BY path",
+            (repo, oid),
         ).fetchall()
         return {r[0]: Entry(blob_id=r[1], size=r[2], sha256=r[3], lfs=bool(r[4])) for r in rows}
 
@@ -275,12 +283,24 @@ class Store:
                 raise ConflictError
             tree = {} if head is None else self.tree(repo, head)
             for gone in deleted:
-                tree = {p: e for p, e in tree.items() if p != gone and not (gone.endswith("/") and p.startswith(gone))}
+                tree = {
+                    p: e
+                    for p, e in tree.items()
+                    if p != gone and not (gone.endswith("/") and p.startswith(gone))
+                }
             tree.update(changes)
             return self._add_commit(repo, ref, head, tree, title=title, message=message, author=author)
 
     def _add_commit(
-        self, repo: str, ref: str, parent: str | None, tree: Mapping[str, Entry], *, title: str, message: str, author: str
+        self,
+        repo: str,
+        ref: str,
+        parent: str | None,
+        tree: Mapping[str, Entry],
+        *,
+        title: str,
+        message: str,
+        author: str,
     ) -> Commit:
         commit = Commit(oid="", parent=parent, title=title, message=message, author=author, date=time.time())
         identity = repr((repo, commit, sorted(tree.items()), secrets.token_hex(8))).encode()

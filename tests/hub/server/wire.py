@@ -1,7 +1,7 @@
 """The connection below HTTP: raw bytes, a clean end (FIN), a reset (RST).
 
-uvicorn hands an application the bound method of its request cycle as `send`; the cycle knows the transport. That is
-how a fault can answer what no HTTP server would.
+uvicorn hands an application the bound method of its request cycle as `send`; the cycle knows the transport.
+That is how a fault can answer what no HTTP server would.
 """
 
 from __future__ import annotations
@@ -50,10 +50,14 @@ class Answer:
             phrase = "Unknown"
         lines: Iterable[tuple[bytes, bytes]] = self.headers
         if content_length is not None:
-            lines = [(k, v) for k, v in self.headers if k.lower() not in {b"content-length", b"transfer-encoding"}]
+            lines = [
+                (k, v) for k, v in self.headers if k.lower() not in {b"content-length", b"transfer-encoding"}
+            ]
             lines = [*lines, (b"content-length", str(content_length).encode())]
         rows = [k + b": " + v for k, v in lines if k.lower() != b"connection"]
-        return b"\r\n".join([f"HTTP/1.1 {self.status} {phrase}".encode(), *rows, b"connection: close", b"", b""])
+        return b"\r\n".join(
+            [f"HTTP/1.1 {self.status} {phrase}".encode(), *rows, b"connection: close", b"", b""]
+        )
 
 
 async def answer_of(app: App, scope: MutableMapping[str, Any], receive: Receive) -> Answer:
