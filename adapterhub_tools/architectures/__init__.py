@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +56,7 @@ class Architecture:
 @lru_cache(maxsize=1)
 def table() -> dict[str, Architecture]:
     """Returns every known architecture by model type."""
-    data = json.loads(
-        files("adapterhub_tools.architectures").joinpath("tables.json").read_text(encoding="utf-8")
-    )
+    data = json.loads(Path(__file__).with_name("tables.json").read_text(encoding="utf-8"))
     return {
         name: Architecture(
             model_type=name,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.dialects._peft.keys import json_kind
@@ -41,9 +41,7 @@ class PeftType:
 @lru_cache(maxsize=1)
 def table() -> tuple[dict[str, PeftType], frozenset[str]]:
     """Returns every known ``peft_type`` and the fields that all of them share."""
-    data = json.loads(
-        files("adapterhub_tools.dialects._peft").joinpath("types.json").read_text(encoding="utf-8")
-    )
+    data = json.loads(Path(__file__).with_name("types.json").read_text(encoding="utf-8"))
     rows = {
         name: PeftType(
             name=name,

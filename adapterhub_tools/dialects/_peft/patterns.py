@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -223,6 +222,8 @@ def _here(pattern: Pattern, group: str | None, texts: Sequence[str]) -> list[str
 
 def _in_child(jobs: Sequence[tuple[Pattern, str | None]], texts: Sequence[str]) -> list[list[str | None]]:
     """Runs patterns in a child process that cannot outlive its limits."""
+    import subprocess  # only here: it costs a tenth of a start-up, and few patterns come this far
+
     task = {"jobs": [[p.text, p.mode, group] for p, group in jobs], "texts": list(texts)}
     first = jobs[0][0]
     if not sys.executable:
