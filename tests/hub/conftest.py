@@ -8,26 +8,27 @@ What a test gets, in short (`hub_process.py` has every name)::
         head = hub_server.seed(repo, {"a.safetensors": b"…"}, revision="main", message="second")
         run([...], env=hub_server.env(tmp_path / "home", token="write"))     # a client process
 
-- ``hub_server.endpoint``: the Hub (``HF_ENDPOINT``); ``.cdn``: where it redirects LFS content to, another host;
-  ``.other``: a third origin that answers like the Hub but is nobody's business, so no token may reach it;
-  ``.refused``: an endpoint where nothing listens; ``.unknown_host``: one that no DNS server resolves;
+- ``hub_server.endpoint``: the Hub (``HF_ENDPOINT``); ``.cdn``: where it redirects LFS content to, another
+  host; ``.other``: a third origin that answers like the Hub but is nobody's business, so no token may reach
+  it; ``.refused``: an endpoint where nothing listens; ``.unknown_host``: one that no DNS server resolves;
   ``.tls``: an ``https`` endpoint whose server does not speak TLS.
-- ``hub_server.tokens``: ``write`` and ``read`` (read-only) of user ``alice``, ``foreign`` (a write token of user
-  ``bob``), ``expired``. ``hub_server.env(home, token=None | "write" | …)`` gives a whole environment for a
-  client process: HF_ENDPOINT, HF_HOME, HF_TOKEN and the endpoint it is for; xet, telemetry and proxies off;
-  short waits.
-- ``hub_server.arm(kind, path=…, method=…, origin=…, times=1, skip=0, seed=0, **arguments)``: a fault for the
-  next matching request(s); ``path`` is a regular expression searched in the decoded path. The kinds and their
-  arguments are listed in ``server/faults.py``. ``hub_server.fired()`` says which faults happened. Everything
-  armed is disarmed, and the request log emptied, before each test.
-- ``hub_server.requests(origin=None)``: every request seen so far, as dicts (``origin`` "hub", "cdn" or "other",
-  ``method``, ``path``, ``query``, ``authorization``, ``range``, ``status``, ``fault``).
+- ``hub_server.tokens``: ``write`` and ``read`` (read-only) of user ``alice``, ``foreign`` (a write token of
+  user ``bob``), ``expired``. ``hub_server.env(home, token=None | "write" | …)`` gives a whole environment
+  for a client process: HF_ENDPOINT, HF_HOME, HF_TOKEN and the endpoint it is for; xet, telemetry and
+  proxies off; short waits.
+- ``hub_server.arm(kind, path=…, method=…, origin=…, times=1, skip=0, seed=0, **arguments)``: a fault for
+  the next matching request(s); ``path`` is a regular expression searched in the decoded path. The kinds and
+  their arguments are listed in ``server/faults.py``. ``hub_server.fired()`` says which faults happened.
+  Everything armed is disarmed, and the request log emptied, before each test.
+- ``hub_server.requests(origin=None)``: every request seen so far, as dicts (``origin`` "hub", "cdn" or
+  "other", ``method``, ``path``, ``query``, ``authorization``, ``range``, ``status``, ``fault``).
   ``hub_server.tokens_seen("cdn")``: the Authorization headers that this origin saw.
-- ``hub_server.state(repo)``: ``private``, ``refs`` (full ref name -> commit), ``commits`` (id -> parent, title,
-  files (path -> sha256, size, lfs, blob_id)). ``hub_server.files(repo, revision="main")``: path -> bytes.
-- ``hub_server.settings(page_size=…, lfs_bytes=…, multipart_bytes=…, part_bytes=…)``. ``hub_server.data``: the
-  folder of its database and blobs. ``hub_server.kill()`` (SIGKILL), and ``hub_server.start()`` again: the same
-  ports and data.
+- ``hub_server.state(repo)``: ``private``, ``refs`` (full ref name -> commit), ``commits`` (id -> parent,
+  title, files (path -> sha256, size, lfs, blob_id)). ``hub_server.files(repo, revision="main")``: path ->
+  bytes.
+- ``hub_server.settings(page_size=…, lfs_bytes=…, multipart_bytes=…, part_bytes=…)``. ``hub_server.data``:
+  the folder of its database and blobs. ``hub_server.kill()`` (SIGKILL), and ``hub_server.start()`` again:
+  the same ports and data.
 """
 
 from __future__ import annotations

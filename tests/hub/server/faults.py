@@ -164,7 +164,7 @@ class Play:
     async def reply(
         self, answer: Answer, *, content_length: int | None = -1, body: bytes | None = None
     ) -> None:
-        """Sends a whole answer; Content-Length is that of the body (-1), the application's (None) or a number."""
+        """Sends a whole answer. Content-Length: the body's (-1), the application's (None) or a number."""
         sent = answer.body if body is None else body
         head = self.scope["method"] == "HEAD"
         length = len(sent) if content_length == -1 and not head else content_length
