@@ -180,7 +180,7 @@ class StagedDirectory:
         Raises:
             StoreError: the device refused.
         """
-        for folder, _, files in os.walk(self.path, topdown=False):
+        for folder, _, files in os.walk(self.path, topdown=False, onerror=self._unlisted):
             for file in files:
                 relative = os.path.relpath(os.path.join(folder, file), self.path)
                 if relative not in self._synced:
@@ -220,8 +220,21 @@ class StagedDirectory:
             raise
 
     def error(self, error: OSError, doing: str, relative: str) -> StoreError:
-        """Returns the StoreError for a failed call on a file here; on a full disk, with the room left."""
-        shown = str(self._out / relative)
+        """Returns the StoreError for a failed call on a file here; on a full disk, with the room left.
+
+        Args:
+            error: what the call raised.
+            doing: the action, such as ``"write it"``.
+            relative: the file, relative to the output; empty for the one that the error names, if it names
+                one here, else for the output itself.
+        """
+        named = error.filename if isinstance(error.filename, str) else ""
+        if not relative and named.startswith(f"{self.path}{os.sep}"):
+            relative = os.path.relpath(named, self.path)
+        return self._error_at(error, doing, self._out / relative)
+
+    def _error_at(self, error: OSError, doing: str, path: Path) -> StoreError:
+        shown = str(path)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return store_error(error, doing, shown)
         problem = store_error(error, doing, shown).problems[0]
@@ -292,7 +305,14 @@ class StagedDirectory:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise self.error(error, "flush it to the device", os.path.relpath(path, self.path)) from error
+            # A file is named where it will stand; the working folder and its parent are themselves.
+            inside = path == self.path or self.path in path.parents
+            shown = self._out / path.relative_to(self.path) if inside else path
+            raise self._error_at(error, "flush it to the device", shown) from error
+
+    def _unlisted(self, error: OSError) -> None:
+        """Ends a walk through the folder: what it cannot list it would leave unflushed."""
+        raise self.error(error, "list the folder", "") from error
 
     def _close(self, fd: int, relative: str) -> None:
         try:
@@ -303,7 +323,7 @@ class StagedDirectory:
     def _remove(self) -> None:
         """Removes the working folder, with what the output was if it was replaced."""
         if self._lock >= 0:
-            if not remove_work(self._work):
+            if not remove_work(self._work, self._out):
                 self.left = (str(self._work),)
             os.close(self._lock)
             self._lock = -1

@@ -34,10 +34,7 @@ def recover(out: Path) -> tuple[Path, ...]:
         if lock is None:
             continue
         try:
-            old = work / "old"
-            if old.is_dir() and not os.path.lexists(parent / out.name):
-                os.rename(old, parent / out.name)
-            if remove_work(work):
+            if remove_work(work, parent / out.name):
                 removed.append(work)
         finally:
             os.close(lock)
@@ -54,11 +51,15 @@ def make_work(out: Path) -> tuple[Path, int]:
         work = out.with_name(f".{out.name}.tmp-{os.urandom(6).hex()}")
         try:
             os.mkdir(work)
+        except OSError as error:
+            raise store_error(error, "make a folder", work) from error
+        try:
             fd = os.open(work / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue  # another run's clean-up took the folder before it was locked
         except OSError as error:
-            raise store_error(error, "make a folder", work) from error
+            _remove_empty(work)
+            raise store_error(error, "lock the working folder", work) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(fd, socket.gethostname().encode())
@@ -67,8 +68,8 @@ def make_work(out: Path) -> tuple[Path, int]:
         except BlockingIOError:
             pass  # that clean-up was faster
         except OSError as error:
+            remove_work(work, out)
             os.close(fd)
-            remove_work(work)
             raise store_error(error, "lock the working folder", work) from error
         os.close(fd)
     raise StoreError(
@@ -89,10 +90,7 @@ def _lock_abandoned(work: Path) -> int | None:
     try:
         fd = os.open(work / ".lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        # Killed between making the folder and its lock: then the folder is empty, and only then it goes.
-        with_lock = os.path.lexists(work / ".lock")
-        if not with_lock:
-            _remove_empty(work)
+        _remove_empty(work)  # killed between making the folder and its lock
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,16 +103,27 @@ def _lock_abandoned(work: Path) -> int | None:
 
 
 def _remove_empty(folder: Path) -> None:
+    """Removes a folder if there is nothing in it."""
     try:
         os.rmdir(folder)
     except OSError:
         return
 
 
-def remove_work(work: Path) -> bool:
-    """Removes a working folder, its lock last; returns whether it is gone."""
+def remove_work(work: Path, out: Path) -> bool:
+    """Removes a working folder, its lock last; returns whether it is gone.
+
+    Should the output be missing because its old folder was renamed away, that is put back first; where it
+    cannot be, nothing is removed, and the next run tries again.
+    """
     import shutil
 
+    old = work / "old"
+    try:
+        if old.is_dir() and not os.path.lexists(out):
+            os.rename(old, out)
+    except OSError:
+        return False
     for name in ("new", "old", "probe-a", "probe-b"):
         shutil.rmtree(work / name, ignore_errors=True)
     try:

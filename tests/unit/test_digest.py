@@ -8,6 +8,7 @@ import json
 import random
 import struct
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from adapterhub_tools.errors import AdapterError, FormatError, StoreError, UnsupportedError
+from adapterhub_tools.errors import StoreError
 from adapterhub_tools.model.base import StoredTensor
 from adapterhub_tools.model.tensor import TensorSpec
 from adapterhub_tools.store import digest
@@ -25,11 +26,8 @@ from adapterhub_tools.store.digest import (
     DEFAULT,
     TensorHasher,
     advise,
-    config_digest,
     digest_checkpoint,
-    file_sha256,
     root_digest,
-    split_digest,
 )
 from adapterhub_tools.store.files import LocalFile
 from adapterhub_tools.store.layout import build_file
@@ -355,6 +353,32 @@ def test_a_file_changed_while_it_is_hashed(
         digest_checkpoint(checkpoint, threads=threads)
 
 
+def test_one_failing_thread_stops_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large tensor is given up half-way once another tensor cannot be read."""
+    size = 1_000_000
+    content = {"large": ("U8", (size,), bytes(size)), "small": ("U8", (1,), b"x")}
+    write(tmp_path / "model.safetensors", content)
+    checkpoint = open_checkpoint(tmp_path)
+    small_failed, pieces = threading.Event(), []
+    read_into = LocalFile.read_into
+
+    def read(self: LocalFile, view: memoryview, offset: int) -> None:
+        if offset == checkpoint.tensors["small"].offset:
+            small_failed.set()
+            raise StoreError.of("io", "failed.", file=self.name)
+        pieces.append(offset)
+        assert small_failed.wait(10)
+        if len(pieces) > 1:
+            time.sleep(0.01)  # let the failing thread say so
+        read_into(self, view, offset)
+
+    monkeypatch.setattr(LocalFile, "read_into", read)
+    monkeypatch.setattr(digest, "_CHUNK_BYTES", 1000)
+    with pytest.raises(StoreError, match="failed"):
+        digest_checkpoint(checkpoint, threads=2)
+    assert len(pieces) < 500
+
+
 def test_the_hasher_counts() -> None:
     spec = TensorSpec(name="x", dtype="F32", shape=(2,))
     for data in (b"", bytes(7), bytes(9)):
@@ -369,69 +393,3 @@ def test_the_hasher_counts() -> None:
     bytewise = TensorHasher(DEFAULT, spec)
     bytewise.update(bytearray(values))
     assert hasher.digest() == bytewise.digest()
-
-
-# --- config, files, text -----------------------------------------------------------------------------
-
-
-def test_config_digest() -> None:
-    config = {"name": "é", "a": {"dtype": "x"}, "model_type": "llama", "eps": 1e-05}
-    text = '{"a":{"dtype":"x"},"eps":1e-05,"model_type":"llama","name":"é"}'
-    expected = "config-sha256-v1:6957ea19dc8d205b91b50c4831035c21733c86629407cf0b09c3b5ca1c107d89"
-    assert config_digest(config) == expected
-    assert expected.endswith(hashlib.sha256(text.encode()).hexdigest())
-    stored = {"_name_or_path": "x", "transformers_version": "5", "torch_dtype": "float16", "dtype": "float16"}
-    assert config_digest({**config, **stored}) == expected
-    assert config_digest({**config, "rope_theta": 1.0}) != expected
-    assert (
-        config_digest({**config, "a": {"dtype": "y"}}) != expected
-    )  # only the top level says how it is stored
-
-
-def test_file_sha256(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    data = random.Random(3).randbytes(3_000_000)
-    path.write_bytes(data)
-    assert file_sha256(path) == hashlib.sha256(data).hexdigest()
-    path.write_bytes(b"")
-    assert file_sha256(path) == hashlib.sha256(b"").hexdigest()
-    with pytest.raises(FormatError):
-        file_sha256(tmp_path)
-    with pytest.raises(StoreError):
-        file_sha256(tmp_path / "nothing")
-
-
-def test_split_digest() -> None:
-    text = f"{DEFAULT}:{'0a' * 32}"
-    assert split_digest(text) == (DEFAULT, "0a" * 32)
-    for bad in (
-        "",
-        "0a" * 32,
-        text[:-1],
-        text + "0",
-        text.upper(),
-        f" {text}",
-        f"{text}\n",
-        None,
-        5,
-        f"{DEFAULT}:",
-    ):
-        with pytest.raises(FormatError, match="expected '<algorithm>:"):
-            split_digest(bad, file="adapter_manifest.json", loc="base.digest")
-    with pytest.raises(
-        UnsupportedError, match=r"^m: base: unknown digest algorithm 'md5'; known are tensor-tree"
-    ) as caught:
-        split_digest(f"md5:{'0' * 64}", file="m", loc="base")
-    assert caught.value.problems[0].remedy
-
-
-def test_an_unknown_algorithm(tmp_path: Path) -> None:
-    write(tmp_path / "model.safetensors", sample())
-    for call in (
-        lambda: root_digest("md5", {}),
-        lambda: digest_checkpoint(open_checkpoint(tmp_path), algorithm="md5"),
-        lambda: TensorHasher("", TensorSpec(name="x", dtype="U8", shape=())),
-    ):
-        with pytest.raises(AdapterError) as caught:
-            call()
-        assert type(caught.value) is UnsupportedError

@@ -81,6 +81,8 @@ def test_computed_once(base: Path, cache: DigestCache, settled: None) -> None:
         assert read_bytes(open_checkpoint(base), again) == 0
         assert again.warnings == []
     assert cache.warnings == []
+    cache.close()
+    cache.close()
 
 
 def test_without_cache(base: Path) -> None:

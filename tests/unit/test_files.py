@@ -105,6 +105,18 @@ def test_a_change_while_open_is_noticed(path: Path, change) -> None:
         assert caught.value.problems[0].kind == "changed-while-reading"
 
 
+def test_a_check_that_cannot_be_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    source = LocalFile(path, name="shown")
+    with source, monkeypatch.context() as patch, pytest.raises(StoreError) as caught:  # noqa: PT012
+        patch.setattr(files.os, "fstat", fail)
+        source.check_unchanged()
+    assert "shown: could not examine it" in str(caught.value)
+    assert "mount it again" in str(caught.value)
+
+
 def test_a_new_hard_link_is_no_change(path: Path) -> None:
     with LocalFile(path, name="shown") as source:
         path.with_name("link").hardlink_to(path)
