@@ -16,7 +16,6 @@ from adapterhub_tools.ops.tied import text_config
 from adapterhub_tools.store.checkpoint import Checkpoint
 from adapterhub_tools.store.digest import config_digest
 from adapterhub_tools.store.files import resolve_inside
-from adapterhub_tools.store.folder import names_in
 from adapterhub_tools.store.side_files import classify, is_tokenizer_file
 
 
@@ -47,7 +46,7 @@ def side_outputs(
     Raises:
         FormatError: a file to copy lies outside its folder.
     """
-    sides = classify(checkpoint.root, names_in(checkpoint.root))
+    sides = classify(checkpoint.root)
     weights = {*checkpoint.files, checkpoint.index_file, checkpoint.config_file}
     copied = {n: resolve_inside(checkpoint.root, n) for n in sides.copy if n not in weights}
     notes = [f"left behind: {n} ({reason})" for n, reason in sides.left if n not in weights]

