@@ -310,6 +310,23 @@ def test_a_lost_answer_is_a_commit_that_exists(scene: Scene, how: str) -> None:
     }  # fmt: skip
 
 
+def test_someone_else_commits_first(scene: Scene) -> None:
+    header = json.dumps(
+        {"key": "header", "value": {"summary": "m", "description": "", "parentCommit": scene.head}}
+    )
+    file = json.dumps({"key": "file", "value": {"path": "x", "content": "eHh4", "encoding": "base64"}})
+    scene.server.arm("advance", path="/commit/", name="theirs.txt")
+    url = f"{scene.info}/commit/main"
+    heard = ask(url, "POST", body=f"{header}\n{file}\n".encode(), token=scene.server.tokens["write"])
+    assert heard.status == 412
+    assert set(scene.server.files(scene.repo)) == {
+        ".gitattributes",
+        "notes.txt",
+        "theirs.txt",
+        "w.safetensors",
+    }
+
+
 @pytest.mark.parametrize("phase", ["before", "during", "handled", "answer"])
 def test_the_server_kills_itself(scene: Scene, phase: str) -> None:
     header = json.dumps({"key": "header", "value": {"summary": "done", "description": ""}})

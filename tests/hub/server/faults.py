@@ -26,6 +26,7 @@ listing             a JSON listing that lies: ``edit`` is "extra" (a file that i
                     first file matching ``name`` is left out), "wrong_digest", "wrong_size" (of it) or
                     "hostile" (``name`` is added as a path)
 body                the body is ``text``, with a Content-Length that agrees and status 200
+advance             before the request is looked at, someone else commits ``name`` to the branch main
 lost_answer         everything is done, and the connection is cut (``how``: "fin" or "rst") before the answer
 kill                the server kills itself (SIGKILL): ``phase`` "before" the request is looked at, "during"
                     (after ``fraction`` of its body), "handled" (done, not answered), "answer" (``fraction``
@@ -48,6 +49,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+from tests.hub.server.store import Store
 from tests.hub.server.wire import Answer, App, Message, Receive, Send, Wire, answer_of
 
 ERROR_CODES = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}
@@ -311,6 +313,15 @@ class Play:
         await self.drain()
         kind = [(b"content-type", b"application/json")]
         await self.reply(Answer(status=200, headers=kind, body=str(self.arguments["text"]).encode()))
+
+    async def play_advance(self) -> None:
+        app: Any = self.gate.app
+        store: Store = app.state.store
+        repo = "/".join(unquote(part) for part in self.scope["path"].split("/")[3:5])
+        entry = store.regular_entry(b"by someone else\n")
+        name = str(self.arguments.get("name", "notes.txt"))
+        store.add_commit(repo, "refs/heads/main", changes={name: entry}, title="meanwhile", author="bob")
+        await self.reply(await self.answer(), content_length=None)
 
     async def play_lost_answer(self) -> None:
         await self.answer()
