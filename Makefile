@@ -41,7 +41,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes adapterhub_tools --ignoreexternal
+	PYTHONPATH=. $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes adapterhub_tools --ignoreexternal
 	$(BIN)/python tools/generate_cli_docs.py --check
 
 # The recipes call pytest last, so that its closing line is the last line printed.

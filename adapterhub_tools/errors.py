@@ -24,10 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from typing import TypeVar
 
 EXIT_OK = 0
 EXIT_PROBLEMS = 1
@@ -87,6 +84,9 @@ class Problem:
         }
 
 
+_Error = TypeVar("_Error", bound="AdapterError")
+
+
 class AdapterError(Exception):
     """The root: any error that this package raises on purpose.
 
@@ -103,7 +103,9 @@ class AdapterError(Exception):
         super().__init__("\n".join(str(problem) for problem in problems))
 
     @classmethod
-    def of(cls, kind: str, message: str, *, file: str = "", loc: str = "", remedy: str = "") -> Self:
+    def of(
+        cls: type[_Error], kind: str, message: str, *, file: str = "", loc: str = "", remedy: str = ""
+    ) -> _Error:
         """Makes an error of this class with a single problem."""
         return cls(Problem(kind=kind, message=message, file=file, loc=loc, remedy=remedy))
 

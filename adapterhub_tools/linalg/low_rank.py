@@ -68,7 +68,7 @@ class LowRankSum:
 
     def __init__(self, terms: Sequence[LowRankTerm], rows: int, device: str = "cpu") -> None:
         """Computes the bounds on the products, one per row."""
-        self.terms = tuple(term for term in terms if term.scale.coefficient != 0)
+        self.terms: tuple[LowRankTerm, ...] = tuple(term for term in terms if term.scale.coefficient != 0)
         self.device = device
         self._rights = [term.right.to(device) for term in self.terms]
         bounds = np.zeros(rows)
@@ -93,7 +93,7 @@ class LowRankSum:
         # Roundings of one element: s (2), s·L (1), the products and sums (k + 1 per term), whatever their
         # order.
         roundings = inner + 4 * len(self.terms) + 2
-        self.unit = roundings * 2.0**-53 * _SLACK
+        self.unit: float = roundings * 2.0**-53 * _SLACK
         """Relative error of an evaluation: |computed − x| <= unit · (|computed| + 2·bound)."""
 
     def evaluate(self, block: Tensor, row: int) -> None:

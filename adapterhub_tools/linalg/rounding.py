@@ -93,7 +93,7 @@ class BlockRounder:
         self._magnitudes: npt.NDArray[np.uint16] = np.empty(shape, dtype=np.uint16)
         self._flags: npt.NDArray[np.bool_] = np.empty(shape, dtype=np.bool_)
         self._small_flags: npt.NDArray[np.bool_] = np.empty(shape, dtype=np.bool_)
-        self.resolved = 0
+        self.resolved: int = 0
 
     def round_rows(self, start: Tensor, out: Tensor, row: int) -> NonFinite | None:
         """Rounds some rows.

@@ -269,7 +269,7 @@ def _fit_full(
     if shape == base.shape:
         return FittedFull(full=item, base_tensor=name, added=False, grown=False)
     if (
-        tie_or_embedding(name, tie, checkpoint)
+        is_embedding(name, tie, checkpoint)
         and len(shape) == len(base.shape)
         and shape[1:] == base.shape[1:]
     ):
@@ -278,7 +278,7 @@ def _fit_full(
     return None
 
 
-def tie_or_embedding(name: str, tie: Tie | None, checkpoint: Checkpoint) -> bool:
+def is_embedding(name: str, tie: Tie | None, checkpoint: Checkpoint) -> bool:
     """Says whether a base tensor is an input or output embedding, which may have another number of rows."""
     if tie and name in (tie.input_name, tie.output_name):
         return True

@@ -23,10 +23,14 @@ from adapterhub_tools.errors import (
 from adapterhub_tools.model.canonical import canonical_json
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter, ReceiptTensor
-from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
 from adapterhub_tools.ops.fit import fit
-from adapterhub_tools.ops.merge_base_check import check_config, compare_base, recorded_algorithm
+from adapterhub_tools.ops.merge_base_check import (
+    check_config,
+    checked_digest,
+    compare_base,
+    recorded_algorithm,
+)
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_outputs import SideOutputs, index_text, side_outputs
 from adapterhub_tools.ops.merge_parts import Part
@@ -134,6 +138,7 @@ def merge(
     planned = plan_merge(checkpoint, parts, options, lambda steps: buffer_bytes(steps, threads))
     side = side_outputs(checkpoint, planned, parts, options)
     notes = _notes(parts, planned, side)
+    digests = [checked_digest(part) for part in parts]
     if out is not None:
         check_space(out.absolute().parent, planned.plan.written_bytes + side.nbytes)
     if options.dry_run or out is None:
@@ -143,7 +148,18 @@ def merge(
         out, inputs=[base, *adapters], replace=options.replace, allow_replace_gap=options.allow_replace_gap
     ) as staged:
         receipt, resolved = _write(
-            staged, planned, side, parts, notes, checkpoint, options, algorithm, device, threads, progress
+            staged,
+            planned,
+            side,
+            parts,
+            digests,
+            notes,
+            checkpoint,
+            options,
+            algorithm,
+            device,
+            threads,
+            progress,
         )
         staged.commit((RECEIPT_FILE, canonical_json(receipt.to_json()).encode("utf-8")))
     left = tuple(f"could not be removed: {name}" for name in staged.left)
@@ -219,6 +235,7 @@ def _write(
     planned: MergePlan,
     side: SideOutputs,
     parts: Sequence[Part],
+    digests: Sequence[str],
     notes: tuple[str, ...],
     checkpoint: Checkpoint,
     options: MergeOptions,
@@ -261,13 +278,13 @@ def _write(
         base=base,
         adapters=tuple(
             ReceiptAdapter(
-                digest=adapter_digest(part.opened.files, part.opened.adapter),
+                digest=digest,
                 method=part.opened.adapter.method,
                 scale=part.scale,
                 targets=len(part.fit.modules),
                 full=len(part.fit.full),
             )
-            for part in parts
+            for part, digest in zip(parts, digests, strict=True)
         ),
         options={
             "dtype": options.dtype,

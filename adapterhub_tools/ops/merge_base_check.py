@@ -1,4 +1,4 @@
-"""Compares the base of a merge with what the adapters' manifests record of theirs."""
+"""Compares the base of a merge, and each adapter, with what the adapters' manifests record."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from adapterhub_tools.errors import IntegrityError, UnsupportedError
 from adapterhub_tools.model.receipt import ReceiptBase
+from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
@@ -90,3 +91,26 @@ def compare_base(
     checked = options.check_base if recorded or options.check_base == "off" else "unrecorded"
     config = None if checkpoint.config is None else config_digest(checkpoint.config)
     return ReceiptBase(digest=full, targets_digest=targets, config_digest=config, checked=checked)
+
+
+def checked_digest(part: Part) -> str:
+    """Returns the digest of an adapter's content, which its own manifest must agree with if it records one.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    files, adapter, manifest = part.opened.files, part.opened.adapter, part.opened.manifest
+    digest = adapter_digest(files, adapter)
+    recorded = None if manifest is None else manifest.digest
+    if recorded is None:
+        return digest
+    tree = f"tensor-{recorded.partition(':')[0].removeprefix('adapter-')}"
+    found = digest if tree == DEFAULT else adapter_digest(files, adapter, algorithm=tree)
+    if found != recorded:
+        raise IntegrityError.of(
+            "adapter",
+            f"the adapter is {found}, but its manifest records {recorded}.",
+            file=part.label,
+            remedy="Its files were changed after `adaptertool init`: get them again, or write it anew.",
+        )
+    return digest

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from adapterhub_tools.errors import MismatchError, Problem
 from adapterhub_tools.model.plan import ByteRange, OutputFile, Placement, Plan, RowPatch, Step, Term
 from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
+from adapterhub_tools.ops.fit import is_embedding
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.tied_plan import Ties, settle_ties
@@ -157,10 +158,15 @@ def _grown_rows(
     if not grown:
         return None
     sizes = set(grown.values())
+    before = {checkpoint.tensors[name].spec.shape[0] for name in grown}
     sides = {
-        name: _rows_after(name, checkpoint, changes) for name in (ties.input_name, ties.output_name) if name
+        name
+        for name, stored in checkpoint.tensors.items()
+        if stored.spec.shape[:1] in {(rows,) for rows in before}
+        and is_embedding(name, parts[0].fit.tie, checkpoint)
     }
-    sizes |= {rows for rows in sides.values() if rows is not None}
+    sides |= {name for name in (ties.input_name, ties.output_name) if name}
+    sizes |= {rows for name in sides if (rows := _rows_after(name, checkpoint, changes)) is not None}
     if len(sizes) > 1:
         raise MismatchError.of(
             "vocabulary",

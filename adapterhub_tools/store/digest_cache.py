@@ -66,7 +66,7 @@ class DigestCache:
 
     def __init__(self, path: Path | None = None) -> None:
         """Names the file; it is opened, and made, when it is first used."""
-        self.path = default_path() if path is None else path
+        self.path: Path = default_path() if path is None else path
         self.warnings: list[str] = []
         self._connection: sqlite3.Connection | None = None
 

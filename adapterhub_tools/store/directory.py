@@ -71,7 +71,7 @@ class StagedDirectory:
         self._existed = self._occupied = False
         self._can_exchange = True
         self._synced: set[str] = set()
-        self.path = out
+        self.path: Path = out
         self.left: tuple[str, ...] = ()
 
     def __enter__(self) -> StagedDirectory:

@@ -128,7 +128,7 @@ class LocalFile:
         try:
             status = os.fstat(fd)
             _require_regular(status, name)
-            self.stamp = FileStamp.of(status)
+            self.stamp: FileStamp = FileStamp.of(status)
             if expect is not None and expect != self.stamp:
                 raise _changed(name)
         except BaseException:
