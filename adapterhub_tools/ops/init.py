@@ -109,6 +109,37 @@ def init(
     exists = manifest_path(adapter).exists()
     if exists and not replace:
         raise exists_error()
+    manifest, notes = new_manifest(
+        adapter,
+        base=base,
+        base_id=base_id,
+        revision=revision,
+        licence=licence,
+        tag=tag,
+        quantisation=quantisation,
+        training=training,
+        cache=cache,
+        progress=progress,
+    )
+    _check_writable(manifest)
+    written = write_manifest(adapter, manifest, replace=replace)
+    return InitReport(path=str(written), manifest=manifest, replaced=exists, notes=notes)
+
+
+def new_manifest(
+    adapter: Path,
+    *,
+    base: Path | None = None,
+    base_id: str | None = None,
+    revision: str | None = None,
+    licence: str | None = None,
+    tag: Sequence[str] = (),
+    quantisation: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Returns the manifest that ``init`` would write, and its notes; writes nothing. See ``init``."""
     _check_options(quantisation, training)
     opened = read_adapter(adapter, accept_embeddings=True)
     opened.files.open_weights().close()
@@ -138,9 +169,7 @@ def init(
         manifest = _keep(manifest, before)
         if before.digest != digest:
             notes.append("the tensors differ from those of the manifest before; its other blocks were kept")
-    _check_writable(manifest)
-    written = write_manifest(adapter, manifest, replace=replace)
-    return InitReport(path=str(written), manifest=manifest, replaced=exists, notes=tuple(notes))
+    return manifest, tuple(notes)
 
 
 def _check_options(quantisation: Mapping[str, Any] | None, training: Mapping[str, Any] | None) -> None:

@@ -118,8 +118,12 @@ def is_tokenizer_file(name: str) -> bool:
     return _TOKENIZER.fullmatch(name) is not None
 
 
-def _reason(root: Path, name: str) -> str:
-    """Returns why a file stays behind, or an empty string if it goes."""
+def is_side_file(name: str) -> bool:
+    """Returns whether a name alone says that the file goes along; the file itself may still say otherwise."""
+    return not _reason_by_name(name)
+
+
+def _reason_by_name(name: str) -> str:
     for pattern, reason in _LEFT:
         if re.fullmatch(pattern, name.rstrip("/").rpartition("/")[2], re.DOTALL):
             return reason
@@ -127,6 +131,14 @@ def _reason(root: Path, name: str) -> str:
         return "a folder"
     if not (_COPIED.fullmatch(name) or is_tokenizer_file(name)):
         return "not on the list of files that go with a model"
+    return ""
+
+
+def _reason(root: Path, name: str) -> str:
+    """Returns why a file stays behind, or an empty string if it goes."""
+    reason = _reason_by_name(name)
+    if reason:
+        return reason
     try:
         real = resolve_inside(root, name)
         if not os.path.lexists(real):

@@ -1,0 +1,1 @@
+"""Remote stores: push, pull and reading by range, on the Hub, in a local registry or behind a URL."""

@@ -1,0 +1,139 @@
+"""All that is taken from huggingface_hub: HTTP session, store of tokens, cards, and the xet upload.
+
+It is imported inside the functions, because it takes a while to load and most commands do not need it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adapterhub_tools.errors import FormatError, HubError, escape
+
+_LOGIN = "Log in again with `hf auth login`, or set HF_TOKEN."
+
+
+def session() -> Any:
+    """Returns the shared HTTP client (httpx), with the user's proxies and certificates."""
+    from huggingface_hub import get_session
+
+    return get_session()
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """Returns the classes of error that the client raises when a request gets no usable answer."""
+    from huggingface_hub import errors
+
+    # httpx or httpx2, whichever this version of huggingface_hub is built on.
+    base = errors.HfHubHTTPError.__mro__[1]
+    client = sys.modules[base.__module__.partition(".")[0]]
+    return (client.HTTPError, client.InvalidURL, client.StreamError)
+
+
+def offline_error() -> type[Exception]:
+    """Returns the class of error that is raised where HF_HUB_OFFLINE forbids requests."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return OfflineModeIsEnabled
+
+
+def current_token() -> str | None:
+    """Returns the token of the environment or of the last login; None without one.
+
+    Raises:
+        HubError: it cannot be had although it should be there.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import OIDCError
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    failures: tuple[type[Exception], ...] = (OIDCError, OSError, *transport_errors())
+    try:
+        return get_token()
+    except failures as error:
+        message = f"the token could not be read ({type(error).__name__})."
+        raise HubError.of("token", message, remedy=_LOGIN) from error
+
+
+def token_named(name: str) -> str | None:
+    """Returns the stored token with a name, such as ``"hub.example:8443"``; None without one."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils._auth import get_stored_tokens
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    try:
+        found = get_stored_tokens().get(name)
+    except (OSError, ValueError) as error:
+        message = f"the stored tokens could not be read ({type(error).__name__})."
+        raise HubError.of("token", message, remedy=_LOGIN) from error
+    return found if isinstance(found, str) and found else None
+
+
+def read_card(text: str) -> tuple[dict[str, Any], str]:
+    """Returns the metadata and the text of a model card.
+
+    Raises:
+        FormatError: the metadata is not a YAML mapping.
+    """
+    from huggingface_hub import ModelCard
+
+    yaml_error: type[Exception] = sys.modules["yaml"].YAMLError
+    try:
+        card = ModelCard(text, ignore_metadata_errors=False)
+        return dict(card.data.to_dict()), str(card.text)  # type: ignore[no-untyped-call]
+    except (yaml_error, ValueError, TypeError, AttributeError) as error:
+        raise FormatError.of(
+            "card",
+            f"its metadata cannot be read: {escape(error)}.",
+            file="README.md",
+            remedy="Correct the YAML between the two '---' lines.",
+        ) from error
+
+
+def write_metadata(metadata: dict[str, Any]) -> str:
+    """Returns a card's metadata as YAML, in the order given."""
+    from huggingface_hub.utils._fixes import yaml_dump
+
+    return str(yaml_dump(metadata, sort_keys=False, line_break="\n"))
+
+
+def upload_by_xet(
+    endpoint: str,
+    token: str | None,
+    repo_id: str,
+    files: Sequence[tuple[str, Path]],
+    *,
+    revision: str,
+    pr: bool,
+) -> None:
+    """Sends the content of large files to the Hub by its chunked protocol; no commit is made.
+
+    Args:
+        endpoint: the Hub.
+        token: the token issued for it.
+        repo_id: the repository.
+        files: path in the repository, and the local file.
+        revision: the branch that the commit will go to.
+        pr: whether it will be a pull request.
+
+    Raises:
+        HubError: it failed.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    failures: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError, *transport_errors())
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files]
+    try:
+        HfApi(endpoint=endpoint, token=token or False).preupload_lfs_files(
+            repo_id, additions, revision=revision, create_pr=pr, free_memory=False
+        )
+    except failures as error:
+        raise HubError.of(
+            "upload",
+            f"the content could not be sent ({type(error).__name__}).",
+            remedy="Try again; set HF_HUB_DISABLE_XET=1 to send it by plain HTTP.",
+        ) from error

@@ -1,0 +1,45 @@
+"""Finds access keys in what is about to be published; says where and of what kind, and never shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from adapterhub_tools.errors import Problem
+
+_PATTERNS: tuple[tuple[str, re.Pattern[bytes]], ...] = (
+    ("a Hugging Face token", re.compile(rb"\bhf_[A-Za-z0-9]{30,}")),
+    ("a Hugging Face organisation token", re.compile(rb"\bapi_org_[A-Za-z0-9]{30,}")),
+    ("an AWS access key", re.compile(rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")),
+    ("a GitHub token", re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})")),
+    ("a GitLab token", re.compile(rb"\bglpat-[A-Za-z0-9_-]{20,}")),
+    ("an OpenAI or Anthropic key", re.compile(rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{40,}")),
+    ("a Google API key", re.compile(rb"\bAIza[A-Za-z0-9_-]{35}\b")),
+    ("a Slack token", re.compile(rb"\bxox[abposr]-[A-Za-z0-9-]{10,}")),
+    ("a PyPI token", re.compile(rb"\bpypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,}")),
+    ("a private key", re.compile(rb"-----BEGIN (?:[A-Z0-9]{1,20} ){0,3}PRIVATE KEY-----")),
+    (
+        "a URL with a password",
+        re.compile(rb"\b[a-z][a-z0-9+.-]{1,15}://[^\s/:@\"']{1,64}:[^\s/:@\"']{3,128}@"),
+    ),
+)
+
+
+def secret_problems(name: str, data: bytes) -> Iterator[Problem]:
+    """Yields a problem for each kind of secret in a file's content, with the line of the first.
+
+    Args:
+        name: the file.
+        data: its content, or the part of it that is text.
+    """
+    for kind, pattern in _PATTERNS:
+        found = pattern.search(data)
+        if found is not None:
+            line = data.count(b"\n", 0, found.start()) + 1
+            yield Problem(
+                kind="secret",
+                message=f"holds what looks like {kind}; it is not sent.",
+                file=name,
+                loc=f"line {line}",
+                remedy="Remove it from the file, and revoke it if it was ever published.",
+            )
