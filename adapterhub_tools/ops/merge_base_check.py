@@ -104,8 +104,9 @@ def checked_digest(part: Part) -> str:
     recorded = None if manifest is None else manifest.digest
     if recorded is None:
         return digest
-    tree = f"tensor-{recorded.partition(':')[0].removeprefix('adapter-')}"
-    found = digest if tree == DEFAULT else adapter_digest(files, adapter, algorithm=tree)
+    algorithm = recorded.partition(":")[0]
+    same = digest.startswith(f"{algorithm}:")
+    found = digest if same else adapter_digest(files, adapter, algorithm=algorithm)
     if found != recorded:
         raise IntegrityError.of(
             "adapter",

@@ -158,12 +158,11 @@ def _grown_rows(
     if not grown:
         return None
     sizes = set(grown.values())
-    before = {checkpoint.tensors[name].spec.shape[0] for name in grown}
+    before = {checkpoint.tensors[name].spec.shape[:1] for name in grown}
     sides = {
         name
         for name, stored in checkpoint.tensors.items()
-        if stored.spec.shape[:1] in {(rows,) for rows in before}
-        and is_embedding(name, parts[0].fit.tie, checkpoint)
+        if stored.spec.shape[:1] in before and is_embedding(name, parts[0].fit.tie, checkpoint)
     }
     sides |= {name for name in (ties.input_name, ties.output_name) if name}
     sizes |= {rows for name in sides if (rows := _rows_after(name, checkpoint, changes)) is not None}
