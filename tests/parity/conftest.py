@@ -1,4 +1,4 @@
-"""Keeps the reference libraries quiet: their advice is about training, and their progress bars about nothing."""
+"""Keeps the reference libraries quiet: their advice concerns training."""
 
 from __future__ import annotations
 

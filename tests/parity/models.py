@@ -20,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -172,6 +174,24 @@ def t5() -> T5ForConditionalGeneration:
                 decoder_start_token_id=0,
                 pad_token_id=0,
                 eos_token_id=1,
+            )
+        )
+    )
+
+
+def mixtral() -> MixtralForCausalLM:
+    """A mixture of experts, whose experts are stacked in one parameter in memory."""
+    return _made(
+        MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=VOCAB,
+                hidden_size=HIDDEN,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                max_position_embeddings=64,
             )
         )
     )
