@@ -1,4 +1,4 @@
-"""Small merges that are hard to round: on ties and beside them, cancelling, subnormal, overflowing, signed zeros."""
+"""Small merges that are hard to round: ties and what is near, cancellation, subnormals, overflow, zeros."""
 
 from __future__ import annotations
 
