@@ -81,7 +81,7 @@ def test_bits_of_small_merges(to):
 @pytest.mark.slow
 @pytest.mark.parametrize("to", sorted(FORMATS))
 def test_bits_of_many_small_merges(to):
-    search(to, 20_000, repeatable=False)
+    search(to, 10_000, repeatable=False)
 
 
 @pytest.mark.parametrize("to", sorted(FORMATS))
