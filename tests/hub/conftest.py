@@ -37,6 +37,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.hub.forked_client import ForkedClient
 from tests.hub.hub_process import HubServer
 
 
@@ -58,3 +59,14 @@ def hub_server(hub_process: HubServer) -> HubServer:
         hub_process.start()
     hub_process.reset()
     return hub_process
+
+
+@pytest.fixture(scope="session")
+def client(hub_process: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedClient]:
+    """Runs `adaptertool` against the server: `client.run("pull", …)`, in forks of one warm process."""
+    folder = tmp_path_factory.mktemp("client")
+    running = ForkedClient(hub_process.env(folder / "home"), folder)
+    try:
+        yield running
+    finally:
+        running.close()

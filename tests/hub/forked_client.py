@@ -6,6 +6,7 @@ Importing takes a second, a command a few hundredths. The process is started wit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ class ForkedClient:
         out, err = self._folder / "out.txt", self._folder / "err.txt"
         values = {k: v for k, v in {**self._env, **env}.items() if v}
         request = {"arguments": list(map(str, arguments)), "env": values, "out": str(out), "err": str(err)}
+        request["modules"] = str(self._folder / "modules.txt")
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -107,6 +110,7 @@ def _child(request: dict[str, Any]) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        Path(request["modules"]).write_text("\n".join(sys.modules))
         os._exit(code)
 
 
@@ -121,26 +125,27 @@ def _wait(pid: int, limit_seconds: float) -> int:
         time.sleep(0.004)
 
 
+def _import_what_was_needed(listing: Path) -> None:
+    """Imports here what a child had to import, so that the next one need not."""
+    for name in listing.read_text().split() if listing.exists() else ():
+        if name not in sys.modules and not name.startswith("__"):
+            with contextlib.suppress(ImportError):  # some modules are made by others and have no file
+                import_module(name)
+
+
 def serve() -> None:
-    """Imports what the commands need, then forks for each line of standard input."""
-    import huggingface_hub.errors
-    import huggingface_hub.utils
-    import jsonschema
-    import numpy
-
-    import adapterhub_tools.api
-    import adapterhub_tools.cli.main
-
-    imported = (huggingface_hub.errors, huggingface_hub.utils, jsonschema, numpy, adapterhub_tools.api)
-    assert all(imported)
+    """Forks for each line of standard input; what the first commands import is kept for the later ones."""
     for line in sys.stdin:
         request = json.loads(line)
+        Path(request["modules"]).unlink(missing_ok=True)
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
             _child(request)
         code = _wait(pid, LIMIT_SECONDS)
-        print(json.dumps({"code": code, "seconds": time.monotonic() - began}), flush=True)
+        seconds = time.monotonic() - began
+        _import_what_was_needed(Path(request["modules"]))
+        print(json.dumps({"code": code, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":
