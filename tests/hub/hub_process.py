@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -210,6 +211,10 @@ class HubServer:
     def blob_path(self, sha256: str) -> Path:
         """Where the server keeps content."""
         return self.data / "blobs" / sha256[:2] / sha256
+
+    def blob_of(self, content: bytes) -> Path:
+        """Where the server keeps this content, or would."""
+        return self.blob_path(hashlib.sha256(content).hexdigest())
 
     # -- clients ----------------------------------------------------------------------------------------
     def env(

@@ -1,12 +1,11 @@
 """Push and pull through every fault of the network and of the server, each with five seeds.
 
-Whatever happens: no wrong byte is taken, nothing half-written is left, no other host sees the token, the error
-names a remedy, and the time is bounded.
+Whatever happens: no wrong byte is taken, nothing half-written is left, no other host sees the token, the
+error names a remedy, and the time is bounded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ LIMIT_SECONDS = 20.0
 PATIENCE = {"ADAPTERTOOL_TIMEOUT": "0.4", "ADAPTERTOOL_RETRY_WAIT": "0.02", "ADAPTERTOOL_TRIES": "4"}
 MANIFEST = "adapter_manifest.json"
 OLD = {"adapter_config.json": config(), "adapter_model.safetensors": weights(2), "README.md": b"# old\n"}
-NEW_WEIGHTS = hashlib.sha256(weights(3)).hexdigest()
+NEW = weights(3)
 # Parts, so that the upload takes several requests.
 PART_SETTINGS = {"multipart_bytes": 200_000, "part_bytes": 200_000, "page_size": 2}
 
@@ -173,7 +172,7 @@ class Pushing:
 
 def seeded(server: HubServer) -> tuple[str, str]:
     """A repository with the older version. Its content of the new version is forgotten by the storage."""
-    server.blob_path(NEW_WEIGHTS).unlink(missing_ok=True)
+    server.blob_of(NEW).unlink(missing_ok=True)
     repo = server.repo_name("pushed")
     return repo, server.seed(repo, OLD)
 
@@ -189,7 +188,7 @@ def pushing(
     pushed = client.run("push", adapter, f"hf://{repo}", "--json")
     assert pushed.code == 0, pushed.err
     files = hub_process.files(repo)
-    assert files["adapter_model.safetensors"] == weights(3)
+    assert files["adapter_model.safetensors"] == NEW
     return Pushing(adapter=adapter, trace=hub_process.requests(), files=files)
 
 
@@ -254,4 +253,4 @@ def test_push_without_the_right_is_denied(
     assert_error(ran, (9,))
     assert_no_leak(hub_server, ran)
     assert hub_server.head(repo) == old
-    assert not hub_server.blob_path(NEW_WEIGHTS).exists()
+    assert not hub_server.blob_of(NEW).exists()
