@@ -31,6 +31,7 @@ STORAGE = ("cdn", "GET", "")
 LISTING = ("hub", "GET", r"/tree/")
 INFO = ("hub", "GET", r"^/api/models/[^/]+/[^/]+/revision/")
 RESOLVE = ("hub", "GET", r"/resolve/")
+CACHED = ("hub", "GET", r"^/api/resolve-cache/")
 API = ("hub", "", r"^/api/models/")
 UPLOAD = ("cdn", "PUT", "")
 COMMIT = ("hub", "POST", r"/commit/")
@@ -96,10 +97,10 @@ def pattern(path: str) -> str:
     return "^" + re.sub(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])", "[0-9a-f]{40}", text) + r"(\?|$)"
 
 
-def case(name: str, kind: str, victims: tuple[str, str, str], expected: str, **more: Any) -> FaultCase:
+def case(title: str, kind: str, victims: tuple[str, str, str], expected: str, /, **more: Any) -> FaultCase:
     """One fault; what is not an attribute is an argument of its kind."""
     own = {key: more.pop(key) for key in ("times", "then", "codes") if key in more}
-    return FaultCase(name=name, kind=kind, victims=victims, expected=expected, arguments=more, **own)
+    return FaultCase(name=title, kind=kind, victims=victims, expected=expected, arguments=more, **own)
 
 
 # What the server sends is not what the commit or the manifest names: that is an integrity error.
@@ -147,18 +148,20 @@ PULL_CASES = (
     case("too long for ever", "extend", CONTENT, FAILS, times=-1, codes=CONTENT_CODES),
     case("ETag changes mid-file", "etag_change", STORAGE, FAILS, times=-1, codes=CONTENT_CODES),
     case("listing without config", "listing", LISTING, FAILS,
-         edit="missing", name="adapter_config", codes=LISTING_CODES),
+         times=-1, edit="missing", name="adapter_config", codes=LISTING_CODES),
     case("listing without weights", "listing", LISTING, FAILS,
-         edit="missing", name="safetensors", codes=LISTING_CODES),
+         times=-1, edit="missing", name="safetensors", codes=LISTING_CODES),
     case("listing with wrong digest", "listing", LISTING, FAILS,
-         edit="wrong_digest", name="safetensors", codes=CONTENT_CODES),
+         times=-1, edit="wrong_digest", name="safetensors", codes=CONTENT_CODES),
     case("listing with wrong size", "listing", LISTING, FAILS,
-         edit="wrong_size", name="safetensors", codes=CONTENT_CODES),
+         times=-1, edit="wrong_size", name="safetensors", codes=CONTENT_CODES),
     case("listing leaves the folder", "listing", LISTING, FAILS, edit="hostile", name="../../evil.json"),
     case("listing with an absolute path", "listing", LISTING, FAILS, edit="hostile", name="/etc/evil.json"),
-    case("X-Repo-Commit of another commit", "headers", RESOLVE, FAILS,
+    case("X-Repo-Commit of another commit", "headers", CACHED, FAILS,
          times=-1, set={"X-Repo-Commit": "ab" * 20}),
     # Either, but never a wrong byte.
+    case("X-Repo-Commit of another commit, redirected", "headers", RESOLVE, EITHER,
+         times=-1, set={"X-Repo-Commit": "ab" * 20}),
     case("flip once", "flip", CONTENT, EITHER, codes=CONTENT_CODES),
     case("truncated once", "truncate", CONTENT, EITHER, codes=CONTENT_CODES),
     case("too long once", "extend", CONTENT, EITHER, codes=CONTENT_CODES),

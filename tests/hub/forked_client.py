@@ -20,6 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 40.0
 """After which a command counts as hung and is killed."""
@@ -135,6 +137,7 @@ def _import_what_was_needed(listing: Path) -> None:
 
 def serve() -> None:
     """Forks for each line of standard input; what the first commands import is kept for the later ones."""
+    huggingface_hub.get_session()  # reads the certificates once; it has no connection yet
     for line in sys.stdin:
         request = json.loads(line)
         Path(request["modules"]).unlink(missing_ok=True)

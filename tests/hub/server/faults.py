@@ -24,7 +24,7 @@ redirect_loop       302 to itself
 redirect            302 (or ``status``) to ``location``, or to the same path at origin ``to``
 listing             a JSON listing that lies: ``edit`` is "extra" (a file that is not there), "missing" (the
                     first file matching ``name`` is left out), "wrong_digest", "wrong_size" (of it) or
-                    "hostile" (``name`` is added as a path)
+                    "hostile" (``name`` is added as a path); nothing changes on a page without a match
 body                the body is ``text``, with a Content-Length that agrees and status 200
 advance             before the request is looked at, someone else commits ``name`` to the branch main
 lost_answer         everything is done, and the connection is cut (``how``: "fin" or "rst") before the answer
@@ -306,7 +306,6 @@ class Play:
         answer = await self.answer()
         data = json.loads(answer.body)
         edit_listing(data, self.arguments["edit"], str(self.arguments.get("name", "")))
-        answer.set({"Link": None})
         await self.reply(answer, body=json.dumps(data).encode())
 
     async def play_body(self) -> None:
@@ -344,13 +343,15 @@ def edit_listing(data: Any, edit: str, name: str) -> None:
     tree_form = isinstance(data, list)
     items: list[dict[str, Any]] = data if tree_form else data["siblings"]
     key = "path" if tree_form else "rfilename"
-    index = next((i for i, item in enumerate(items) if name in item[key]), 0)
+    index = next((i for i, item in enumerate(items) if name in item[key]), None)
     if edit in {"extra", "hostile"}:
         path = name if edit == "hostile" else (name or "tokenizer.json")
         item = (
             {"type": "file", "path": path, "oid": "0" * 40, "size": 3} if tree_form else {"rfilename": path}
         )
         items.append(item)
+    elif index is None:
+        return  # it is on another page
     elif edit == "missing":
         del items[index]
     elif edit == "wrong_digest":
