@@ -86,11 +86,8 @@ class Fit:
         return tuple(sorted(names | {item.base_tensor for item in self.full}))
 
     def stored(self, name: str) -> str:
-        """Returns the base tensor that has a weight's values: the embedding's for a head not stored."""
-        tie = self.tie
-        return (
-            tie.input_name if tie is not None and name == tie.output_name and not tie.output_stored else name
-        )
+        """Returns the base tensor that has a tensor's values: the embedding's for a head not stored."""
+        return name if self.tie is None else self.tie.source_of(name)
 
     def raise_for_problems(self) -> None:
         """Raises UnsupportedError if all problems are of that sort, MismatchError if not; returns if none."""
@@ -240,8 +237,8 @@ def _fit_full(
     if name not in checkpoint.tensors and item.target in checkpoint.tensors:
         name = item.target
     shape = item.tensor.shape
-    shared = tie is not None and name == tie.output_name and not tie.output_stored
-    source = tie.input_name if tie is not None and shared and item.rows is not None else name
+    part = item.rows is not None or item.role == "bias"
+    source = tie.source_of(name) if tie is not None and part else name
     if source not in checkpoint.tensors:
         if item.role in ("modules_to_save", "saved_embedding"):
             return FittedFull(full=item, base_tensor=name, added=True, grown=False)
@@ -268,11 +265,7 @@ def _fit_full(
         return FittedFull(full=item, base_tensor=name, added=False, grown=False)
     if shape == base.shape:
         return FittedFull(full=item, base_tensor=name, added=False, grown=False)
-    if (
-        is_embedding(name, tie, checkpoint)
-        and len(shape) == len(base.shape)
-        and shape[1:] == base.shape[1:]
-    ):
+    if is_embedding(name, tie, checkpoint) and len(shape) == len(base.shape) and shape[1:] == base.shape[1:]:
         return FittedFull(full=item, base_tensor=name, added=False, grown=True)
     problems.append(_full_shape(item, name, base.shape, "the same shape"))
     return None

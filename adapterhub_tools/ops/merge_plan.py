@@ -68,7 +68,7 @@ def plan_merge(
     if problems:
         raise MismatchError(*problems)
     base_range = _BaseRanges(checkpoint)
-    ties = settle_ties(parts, changes, base_range)
+    ties = settle_ties(parts, changes, base_range, checkpoint)
     rows = _grown_rows(checkpoint, parts, changes, ties)
     steps, files = _lay_out(checkpoint, changes, options, base_range)
     read = {step.base_name for step in steps if step.base_name is not None}

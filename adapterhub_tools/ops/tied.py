@@ -26,19 +26,28 @@ class Tie:
     Attributes:
         input_name: the embedding's tensor on disk.
         output_module: the head's module.
-        output_stored: True if the base also stores the head's tensor, which a loader that ties ignores.
+        output_stored: True if the base also stores the head's tensor; it must hold the same values.
         others: further tensors of the same tie; a base that has them cannot be untied here.
+        companions: tensors that the same config value ties (the biases of BERT's decoder), each that the base
+            does not store with the one that it does.
     """
 
     input_name: str
     output_module: str
     output_stored: bool
     others: tuple[str, ...] = ()
+    companions: tuple[tuple[str, str], ...] = ()
 
     @property
     def output_name(self) -> str:
         """The head's tensor."""
         return f"{self.output_module}.weight"
+
+    def source_of(self, name: str) -> str:
+        """Returns the stored tensor that has a tensor's values while the tie holds; ``name`` for others."""
+        if name == self.output_name and not self.output_stored:
+            return self.input_name
+        return dict(self.companions).get(name, name)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +79,19 @@ def find_tie(checkpoint: Checkpoint, architecture: Architecture | None) -> Tie |
     classes = config.get("architectures") or []
     if output not in stored and classes and not any(_HEADS.search(str(name)) for name in classes):
         return None
-    others = {name for group in architecture.tied for name in group} - {inner, output}
+    own = [group for group in architecture.tied if inner in group or output in group]
+    others = {name for group in own for name in group} - {inner, output}
     return Tie(
         input_name=found,
         output_module=architecture.output_embedding,
         output_stored=output in stored,
         others=tuple(sorted(others)),
+        companions=tuple(
+            (missing, source)
+            for group in architecture.tied
+            if group not in own
+            for source in [name for name in group if name in stored][:1]
+            for missing in group
+            if missing not in stored
+        ),
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapterhub_tools.errors import UnsupportedError
+from adapterhub_tools.errors import FormatError, UnsupportedError
 from adapterhub_tools.model.plan import ByteRange, Term
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.tied import Tie
+from adapterhub_tools.store.checkpoint import Checkpoint
+from adapterhub_tools.store.files import LocalFile
 
 _PIECE = 4 << 20
 
@@ -34,6 +36,7 @@ def settle_ties(
     parts: Sequence[Part],
     changes: dict[str, Change],
     base_range: Callable[[str], ByteRange],
+    checkpoint: Checkpoint,
 ) -> Ties:
     """Decides about a tied pair and completes ``changes`` accordingly.
 
@@ -42,15 +45,22 @@ def settle_ties(
     stays.
     * The adapter asks for tying (``ensure_weight_tying``) and changes one side: the change is the pair's.
     * The adapter makes the same change to both sides, value by value: the tie stays.
-    * Otherwise both tensors are written, the unchanged one with the values of the shared tensor.
+    * Otherwise both tensors are written, the unchanged one with the values of the shared tensor, and so are
+    further tensors that the same config value ties.
 
     Raises:
-        UnsupportedError: more than two tensors share the embedding.
+        UnsupportedError: more than two tensors share the embedding, or a shared bias is changed in two ways.
+        FormatError: the config says tied, but the base stores two tensors that differ.
     """
     tie = parts[0].fit.tie if parts else None
-    if tie is None or (tie.input_name not in changes and tie.output_name not in changes):
+    if tie is None:
+        return Ties()
+    if tie.input_name not in changes and tie.output_name not in changes:
+        _join_companions(tie, changes, parts)
         return Ties()
     _refuse_others(tie)
+    if tie.output_stored:
+        _refuse_two_values(tie, base_range, checkpoint)
     inner, outer = changes.get(tie.input_name), changes.get(tie.output_name)
     asks = all(part.opened.adapter.ties for part in parts if _touches(part, tie))
     if inner is None and outer is not None and asks and (outer.terms or outer.start is not None):
@@ -58,15 +68,22 @@ def settle_ties(
         changes[tie.input_name] = inner
         del changes[tie.output_name]
     if inner is not None and outer is None and (asks or (not inner.terms and inner.start is None)):
+        _join_companions(tie, changes, parts)
         return _keep(tie, changes, inner, base_range, "the change is made to both")
     if inner is not None and outer is not None and _alike(inner, outer, parts):
         del changes[tie.output_name]
+        _join_companions(tie, changes, parts)
         return _keep(tie, changes, inner, base_range, "the adapter changes both alike")
     if outer is None:
         outer = changes.setdefault(tie.output_name, Change())
     if outer.start is None:
-        # The head's values are those of the shared tensor, even if a stale copy is stored under its own name.
         outer.start = base_range(tie.input_name)
+    for missing, source in tie.companions:
+        if missing not in changes:
+            change = changes.get(source, Change())
+            changes[missing] = Change(
+                start=change.start or base_range(source), terms=list(change.terms), patch=change.patch
+            )
     return Ties(
         input_name=tie.input_name,
         output_name=tie.output_name,
@@ -83,6 +100,43 @@ def _refuse_others(tie: Tie) -> None:
             loc=tie.input_name,
             remedy="Untie the base: load it, clone the weight, save it with tie_word_embeddings=false.",
         )
+
+
+def _refuse_two_values(tie: Tie, base_range: Callable[[str], ByteRange], checkpoint: Checkpoint) -> None:
+    """Refuses a pair that is tied by the config and untied by its values; loaders disagree about it.
+
+    transformers 4 takes the embedding for both, transformers 5 takes each tensor as it is stored
+    (``PreTrainedModel.tie_weights``), so the adapter may have been trained on either model.
+    """
+    first, second = tie.input_name, tie.output_name
+    opened = checkpoint.tensors
+    with checkpoint.open(opened[first].file) as left, checkpoint.open(opened[second].file) as right:
+        if _equal_ranges(left, base_range(first), right, base_range(second)):
+            return
+    raise FormatError.of(
+        "tie",
+        f"the config says that {second} is tied to {first}, but the two are stored with different values.",
+        file=checkpoint.config_file or "",
+        loc="tie_word_embeddings",
+        remedy="Set it to false if both belong to the model (transformers 5 reads the base so), or remove "
+        f"{second} if the model was trained with one (transformers 4).",
+    )
+
+
+def _join_companions(tie: Tie, changes: dict[str, Change], parts: Sequence[Part]) -> None:
+    """Brings a change of a tensor that is not stored to the one that holds its values."""
+    for missing, source in tie.companions:
+        if missing not in changes:
+            continue
+        change = changes.pop(missing)
+        if source in changes and not _alike(changes[source], change, parts):
+            raise UnsupportedError.of(
+                "tied-unsupported",
+                f"the adapter changes it in another way than {missing}, but the base stores one for both.",
+                loc=source,
+                remedy="Untie the base: load it, clone the bias, save it with tie_word_embeddings=false.",
+            )
+        changes[source] = change
 
 
 def _touches(part: Part, tie: Tie) -> bool:
@@ -128,13 +182,17 @@ def _alike(inner: Change, outer: Change, parts: Sequence[Part]) -> bool:
 
 
 def _equal_bytes(first: ByteRange, second: ByteRange, sources: Mapping[str, Part]) -> bool:
+    with sources[first.uri].open() as left, sources[second.uri].open() as right:
+        return _equal_ranges(left, first, right, second)
+
+
+def _equal_ranges(left: LocalFile, first: ByteRange, right: LocalFile, second: ByteRange) -> bool:
     if first.spec.shape != second.spec.shape or first.spec.dtype != second.spec.dtype:
         return False
-    with sources[first.uri].open() as left, sources[second.uri].open() as right:
-        for at in range(0, first.spec.nbytes, _PIECE):
-            size = min(_PIECE, first.spec.nbytes - at)
-            if left.read(first.offset + at, size) != right.read(second.offset + at, size):
-                return False
+    for at in range(0, first.spec.nbytes, _PIECE):
+        size = min(_PIECE, first.spec.nbytes - at)
+        if left.read(first.offset + at, size) != right.read(second.offset + at, size):
+            return False
     return True
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
@@ -160,8 +161,15 @@ def opt(*, tied: bool = False) -> OPTForCausalLM:
     )
 
 
+def masked_bert(*, tied: bool = True) -> BertForMaskedLM:
+    """A BERT that predicts tokens, its decoder usually tied to the embedding."""
+    config = bert_config()
+    config.tie_word_embeddings = tied
+    return _made(BertForMaskedLM(config))
+
+
 def t5() -> T5ForConditionalGeneration:
-    """An encoder and a decoder that share one embedding."""
+    """An encoder, a decoder and a head that share one embedding."""
     return _made(
         T5ForConditionalGeneration(
             T5Config(

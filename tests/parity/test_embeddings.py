@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from adapterhub_tools.errors import FormatError
 from tests.parity import models
 from tests.parity.models import VOCAB
-from tests.parity.oracle import Case, adapt, assert_same_outputs, check_parity, ours, refused, stored
+from tests.parity.oracle import (
+    Case,
+    adapt,
+    assert_same_outputs,
+    changed_names,
+    check_parity,
+    ours,
+    refused,
+    stored,
+)
 
 ROWS = [3, 40, 90]
 
@@ -197,16 +206,49 @@ def test_an_embedding_that_the_config_does_not_mention_needs_a_flag(tmp_path: Pa
     assert "--accept-embeddings" in problem.remedy
 
 
-def test_a_stale_head_in_a_tied_base_is_not_the_head(tmp_path: Path) -> None:
-    """A loader that ties ignores a head that is stored beside the embedding, so its values are not taken."""
-    stale = case(tied, target_modules=["lm_head", "q_proj"])
-    adapted = adapt(stale, tmp_path)
-    tensors = stored(adapted.base)
-    tensors["lm_head.weight"] = torch.full((VOCAB, models.HIDDEN), 7.0)
-    save_file(tensors, adapted.base / "model.safetensors", {"format": "pt"})
+def store_head(base: Path, change: float) -> None:
+    """Stores the tied head beside the embedding, its values changed by so much."""
+    tensors = stored(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["head adapted", "embedding adapted", "both saved, trained apart"])
+def test_a_tied_base_that_stores_both_is_untied_alike(name: str, tmp_path: Path) -> None:
+    adapted = adapt(UNTIED[name], tmp_path)
+    ours(adapted.base, adapted.adapter, tmp_path / "one")
+    store_head(adapted.base, 0.0)
+    ours(adapted.base, adapted.adapter, tmp_path / "both")
+    one, both = stored(tmp_path / "one"), stored(tmp_path / "both")
+    assert one.keys() == both.keys()
+    assert all(torch.equal(one[tensor], both[tensor]) for tensor in one)
+    assert not tied_in_config(tmp_path / "both")
+
+
+@pytest.mark.parametrize("name", ["token rows, list", "embedding adapted, tying asked for"])
+def test_a_tied_base_that_stores_both_changes_both(name: str, tmp_path: Path) -> None:
+    adapted = adapt(KEPT[name], tmp_path)
+    store_head(adapted.base, 0.0)
     ours(adapted.base, adapted.adapter, tmp_path / "out")
-    merged = adapted.loader(tmp_path / "out")
-    assert_same_outputs(merged, adapted)
+    assert tied_in_config(tmp_path / "out")
+    after = stored(tmp_path / "out")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert_same_outputs(adapted.loader(tmp_path / "out"), adapted)
+
+
+def test_a_tied_base_that_stores_two_different_tensors(tmp_path: Path) -> None:
+    """transformers 4 and 5 load different models from it, so an adapter of the pair fits neither surely."""
+    adapted = adapt(UNTIED["head adapted"], tmp_path)
+    store_head(adapted.base, 0.5)
+    problem = refused(FormatError, "tie", adapted.base, adapted.adapter, tmp_path / "out")
+    assert problem.loc == "tie_word_embeddings"
+
+
+def test_such_a_base_is_no_matter_to_an_adapter_that_leaves_the_pair_alone(tmp_path: Path) -> None:
+    adapted = adapt(KEPT["nothing of the pair is touched"], tmp_path)
+    store_head(adapted.base, 0.5)
+    report = ours(adapted.base, adapted.adapter, tmp_path / "out")
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & changed_names(report)
 
 
 def test_the_adapter_saved_its_embeddings(tmp_path: Path) -> None:
