@@ -21,9 +21,10 @@ from collections.abc import Callable
 
 import torch
 
+from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS
-from adapterhub_tools.linalg.low_rank import LowRankSum
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS, BlockRounder
+from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.methods.lora import LoRA
 
 _NAMES = {item.torch_name: name for name, item in FORMATS.items()}
@@ -67,8 +68,8 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
     b = (torch.randn(options.rows, options.rank) * 0.01).to(factors)
     a = (torch.randn(options.rank, options.columns) * 0.02).to(factors)
     method = LoRA(rank=options.rank, alpha=options.alpha)
-    term = method.prepare({"A": a, "B": b}, kind="linear")
-    rounder = BlockRounder(LowRankSum([term], options.rows), columns=options.columns, start=of, to=of)
+    term = method.delta({"A": a, "B": b}, Weight(kind="linear", shape=tuple(w.shape)))
+    rounder = BlockRounder(DeltaSum([term], options.rows), columns=options.columns, start=of, to=of)
     exact, plain = torch.empty_like(w), torch.empty_like(w)
     left, right, scale = term.left, term.right, float(method.scale)
     height = max(1, BLOCK_ELEMENTS // options.columns)

@@ -201,7 +201,7 @@ def _single_threaded_kernels() -> Iterator[None]:
 
 
 def _drop_above() -> int:
-    """Returns the output size from which written pages are dropped from the cache: a sixteenth of the memory."""
+    """Returns the output size from which written pages are dropped: a sixteenth of the memory."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
     except (ValueError, OSError):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import (
     CHUNK_BYTES,
     Buffers,
@@ -17,9 +16,10 @@ from adapterhub_tools.engine.buffers import (
     memory_of,
     torch_dtype,
 )
+from adapterhub_tools.engine.formula import formula
 from adapterhub_tools.errors import AdapterError, FormatError, LossyError
+from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS
-from adapterhub_tools.linalg.low_rank import LowRankSum
 from adapterhub_tools.linalg.rounding import BlockRounder, NonFinite
 from adapterhub_tools.store.digest import TensorHasher
 
@@ -115,7 +115,7 @@ def _compute(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buf
     start_dtype, out_dtype = torch_dtype(step.start.spec.dtype), torch_dtype(step.output.dtype)
     start_row = columns * start_dtype.itemsize
     out_row = columns * out_dtype.itemsize
-    expression = _expression(step, rows, around)
+    expression = formula(step, around.open_source)
     rounder = BlockRounder(
         expression,
         columns=columns,
@@ -156,32 +156,13 @@ def _compute(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buf
     )
 
 
-def _expression(step: Step, rows: int, around: Surroundings) -> LowRankSum:
-    terms = []
-    for term in step.terms:
-        method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
-        factors = {
-            role: load_whole(around.open_source(item.uri), item) for role, item in term.factors.items()
-        }
-        place = term.placement
-        terms.append(
-            method.prepare(
-                factors,
-                kind=term.hparams["kind"],
-                row=place.rows[0] if place.rows else 0,
-                column=place.columns[0] if place.columns else 0,
-            )
-        )
-    return LowRankSum(terms, rows, around.device)
-
-
 def _patch_rows(step: Step, patch: RowPatch, around: Surroundings) -> Tensor:
     """Returns the replacing rows in the output dtype."""
     source = around.open_source(patch.source.uri)
     values = load_whole(source, patch.source)
     out = torch.empty(values.shape, dtype=torch_dtype(step.output.dtype))
     rounder = BlockRounder(
-        LowRankSum((), int(values.shape[0])),
+        DeltaSum((), int(values.shape[0])),
         columns=int(values.shape[1]),
         start=FORMATS[patch.source.spec.dtype],
         to=FORMATS[step.output.dtype],

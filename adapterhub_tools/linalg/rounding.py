@@ -22,7 +22,7 @@ from adapterhub_tools.linalg.formats import FORMATS, AnyArray, F64Array, FloatFo
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adapterhub_tools.linalg.low_rank import IntArray, LowRankSum
+    from adapterhub_tools.linalg.expression import Expression, IntArray
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of one block: 2 MiB in float64, so that it stays in a core's cache between the passes."""
@@ -54,6 +54,7 @@ class _Suspects:
     rows: list[IntArray] = field(default_factory=list)
     columns: list[IntArray] = field(default_factory=list)
     start: list[F64Array] = field(default_factory=list)
+    computed: list[F64Array] = field(default_factory=list)
 
 
 class BlockRounder:
@@ -70,7 +71,7 @@ class BlockRounder:
 
     def __init__(
         self,
-        expression: LowRankSum,
+        expression: Expression,
         *,
         columns: int,
         start: FloatFormat,
@@ -120,20 +121,19 @@ class BlockRounder:
         if largest == 0.0 and self._start.name == self._to.name:
             out.copy_(start)
             bits = _bits(out, self._to)
-            self._note(suspects, np.flatnonzero((bits << 1) >= (self._to.infinity << 1)), start, local)
+            self._note(suspects, np.flatnonzero((bits << 1) >= (self._to.infinity << 1)), start, start, local)
             return
-        if self._to.name == "F64":
+        if self._to.name == "F64" and self._expression.exact and largest != 0.0:
             # Binary64 itself cannot say which of its results are right: every point is decided exactly.
-            if largest == 0.0:
-                out.copy_(start)
-                self._note(suspects, np.flatnonzero(~np.isfinite(out.numpy())), start, local)
-            else:
-                self._note(suspects, np.arange(start.numel(), dtype=np.int64), start, local)
+            self._note(suspects, np.arange(start.numel(), dtype=np.int64), start, start, local)
             return
         wide = self._wide[:count]
         wide.copy_(start)
         self._expression.evaluate(wide, row)
-        if self._to.name == "F32":
+        if self._to.name == "F64":
+            out.copy_(wide)
+            flags = ~np.isfinite(out.numpy())
+        elif self._to.name == "F32":
             out.copy_(wide)
             flags = self._interval_flags(wide, out, bounds)
         else:
@@ -141,7 +141,7 @@ class BlockRounder:
             single.copy_(wide)
             out.copy_(single)
             flags = self._tie_flags(single, out, largest)
-        self._note(suspects, np.flatnonzero(flags), start, local)
+        self._note(suspects, np.flatnonzero(flags), start, wide, local)
 
     def _tie_flags(self, single: Tensor, out: Tensor, largest: float) -> AnyArray:
         """Flags ties of the format in the binary32 results, and results below the threshold or not finite."""
@@ -173,42 +173,47 @@ class BlockRounder:
         unit = self._expression.unit
         peaks = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
         error = (peaks * unit + torch.from_numpy(2 * unit * bounds).to(wide.device))[:, None] * (1 + 2.0**-20)
-        if not self._expression.terms:
+        if self._expression.identity:
             error.zero_()
         lower = (wide - error).to(torch.float32)
         upper = (wide + error).to(torch.float32)
-        zero = (out == 0) if self._expression.terms else torch.zeros_like(out, dtype=torch.bool)
-        differ = (lower != upper.to(lower.device)) | zero.to(lower.device) | ~torch.isfinite(lower)
+        differ = (lower != upper) | ~torch.isfinite(lower)
+        if not self._expression.identity:
+            differ |= (out == 0).to(differ.device)
         flags: AnyArray = differ.cpu().numpy()
         return flags
 
-    def _note(self, suspects: _Suspects, index: AnyArray, start: Tensor, local: int) -> None:
+    def _note(
+        self, suspects: _Suspects, index: AnyArray, start: Tensor, computed: Tensor, local: int
+    ) -> None:
         if not len(index):
             return
         rows, columns = np.divmod(index.astype(np.int64), self._columns)
         suspects.rows.append(rows + local)
         suspects.columns.append(columns)
-        flat = start.reshape(-1)[torch.from_numpy(index.astype(np.int64))]
-        suspects.start.append(flat.to(torch.float64).numpy())
+        where = torch.from_numpy(index.astype(np.int64))
+        for values, kept in ((start, suspects.start), (computed, suspects.computed)):
+            kept.append(values.reshape(-1)[where.to(values.device)].to("cpu", torch.float64).numpy())
 
     def _resolve(self, out: Tensor, row: int, suspects: _Suspects) -> NonFinite | None:
         if not suspects.rows:
             return None
         rows, columns = np.concatenate(suspects.rows), np.concatenate(suspects.columns)
-        values = np.concatenate(suspects.start)
+        values, computed = np.concatenate(suspects.start), np.concatenate(suspects.computed)
         finite = np.isfinite(values)
         if not finite.all():
             if not self._keep:
                 at = int(np.flatnonzero(~finite)[0])
                 return NonFinite(row=row + int(rows[at]), column=int(columns[at]), start=float(values[at]))
-            rows, columns, values = rows[finite], columns[finite], values[finite]
+            rows, columns, values, computed = rows[finite], columns[finite], values[finite], computed[finite]
         self.resolved += len(rows)
         target = _bits(out, self._to)
-        inner = sum(int(term.left.shape[1]) for term in self._expression.terms)
-        size = max(1, min(BLOCK_ELEMENTS // 4, _RESOLVE_VALUES // max(1, inner)))
+        size = max(1, min(BLOCK_ELEMENTS // 4, _RESOLVE_VALUES // self._expression.inner))
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
-            bits = self._expression.exact_bits(rows[part] + row, columns[part], values[part], self._to)
+            bits = self._expression.exact_bits(
+                rows[part] + row, columns[part], values[part], computed[part], self._to
+            )
             target[rows[part], columns[part]] = bits
             magnitudes = bits & bits.dtype.type((1 << (self._to.bits - 1)) - 1)
             beyond = np.flatnonzero(magnitudes >= bits.dtype.type(self._to.infinity))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterhub_tools.errors import Problem
 from adapterhub_tools.linalg.surd import Surd, scaling_of
+from adapterhub_tools.linalg.weight import TRANSPOSED, Weight
 from adapterhub_tools.model.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class LoRA:
     """
 
     guarantee: ClassVar[str] = "exact"
+    additive: ClassVar[bool] = True
     rank: int
     alpha: float
     scaling: str = "alpha/rank"
@@ -82,9 +84,7 @@ class LoRA:
             ),
         )
 
-    def prepare(
-        self, factors: Mapping[str, Tensor], *, kind: str, row: int = 0, column: int = 0
-    ) -> LowRankTerm:
+    def delta(self, factors: Mapping[str, Tensor], weight: Weight) -> LowRankTerm:
         """Returns the delta s·B·A of a weight, or s·b of a bias, as a product in the stored layout.
 
         Shapes: A (rank, in, …) and B (out, rank, …) give (out, in·…); for ``conv1d`` and ``embedding``,
@@ -101,19 +101,16 @@ class LoRA:
         else:
             a = factors["A"].double().flatten(1)
             b = factors["B"].double().flatten(1)
-            left, right = (a.t(), b.t()) if kind in TRANSPOSED else (b, a)
+            left, right = (a.t(), b.t()) if weight.transposed else (b, a)
         return LowRankTerm(
             left=left.contiguous(),
             right=right.contiguous(),
             scale=self.scale,
             exact_products=exact,
-            row=row,
-            column=column,
+            row=weight.row,
+            column=weight.column,
         )
 
-
-TRANSPOSED = ("conv1d", "embedding")
-"""Kinds whose weight is stored as (in, out), so that the delta is (B·A)ᵀ."""
 
 IMPLEMENTATION = LoRA
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from adapterhub_tools.engine.buffers import Buffers
 from adapterhub_tools.engine.tensor_job import Surroundings, run_step
+from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS as PACKAGE_FORMATS
-from adapterhub_tools.linalg.low_rank import LowRankSum
 from adapterhub_tools.linalg.rounding import BlockRounder
+from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.methods.lora import LoRA
 from adapterhub_tools.model.plan import ByteRange, Placement, Step, Term
 from adapterhub_tools.model.tensor import TensorSpec
@@ -126,19 +127,22 @@ def _hex(patterns: np.ndarray) -> str:
 
 
 def through_rounder(case: Case) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """Runs a case through LoRA.prepare and BlockRounder."""
+    """Runs a case through LoRA.delta and BlockRounder."""
     terms = [
-        LoRA(rank=p.rank, alpha=p.alpha, scaling=p.scaling, multiplier=p.multiplier).prepare(
+        LoRA(rank=p.rank, alpha=p.alpha, scaling=p.scaling, multiplier=p.multiplier).delta(
             {role: p.format.tensor(values) for role, values in p.stored.items()},
-            kind="conv1d" if p.transposed else "linear",
-            row=p.row,
-            column=p.column,
+            Weight(
+                kind="conv1d" if p.transposed else "linear",
+                shape=case.start.shape,
+                row=p.row,
+                column=p.column,
+            ),
         )
         for p in case.products
     ]
     rows, columns = case.start.shape
     rounder = BlockRounder(
-        LowRankSum(terms, rows),
+        DeltaSum(terms, rows),
         columns=columns,
         start=PACKAGE_FORMATS[case.start_format.name],
         to=PACKAGE_FORMATS[case.to.name],

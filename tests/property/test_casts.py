@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS as PACKAGE_FORMATS
-from adapterhub_tools.linalg.low_rank import LowRankSum
 from adapterhub_tools.linalg.rounding import BlockRounder
 from tests.property.exact_oracle import FORMATS, nearest_by_quotient
 
@@ -18,7 +18,7 @@ COLUMNS = 50
 def cast(values: torch.Tensor, to: str, *, keep: bool = False):
     start = next(name for name in _NAMES if FORMATS[name].torch == values.dtype)
     rounder = BlockRounder(
-        LowRankSum((), values.shape[0]),
+        DeltaSum((), values.shape[0]),
         columns=values.shape[1],
         start=PACKAGE_FORMATS[start],
         to=PACKAGE_FORMATS[to],

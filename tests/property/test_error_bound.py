@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapterhub_tools.linalg.low_rank import LowRankSum, LowRankTerm
+from adapterhub_tools.linalg.delta_sum import DeltaSum
+from adapterhub_tools.linalg.low_rank import LowRankTerm
 from adapterhub_tools.linalg.surd import Surd
 from tests.property.exact_oracle import integers, product
 
@@ -71,7 +72,7 @@ def ratio(kind: str, scale: Surd, rank: int, seed: int) -> tuple[float, int]:
     term = LowRankTerm(
         left=torch.from_numpy(left), right=torch.from_numpy(right), scale=scale, exact_products=False
     )
-    expression = LowRankSum([term], ROWS)
+    expression = DeltaSum([term], ROWS)
     block = torch.from_numpy(w.copy())
     expression.evaluate(block, 0)
     computed = block.numpy()
@@ -129,10 +130,10 @@ def test_bounds_of_several_terms_add_up_where_they_lie():
             left=left, right=torch.tensor([[-4.0, 3.0]]).double(), scale=factor, exact_products=True, row=row
         )
 
-    expression = LowRankSum([term(0, one, scale), term(1, one, scale), term(3, 0 * one, scale)], rows=6)
+    expression = DeltaSum([term(0, one, scale), term(1, one, scale), term(3, 0 * one, scale)], rows=6)
     assert expression.bounds[:3] == pytest.approx([2, 4, 2], rel=1e-8)
     assert (expression.bounds[:3] >= [2, 4, 2]).all()
     # Rows without a product keep a bound of exactly zero: their bytes are copied.
     assert expression.bounds[3:].tolist() == [0, 0, 0]
-    nothing = LowRankSum([term(0, one, Surd(coefficient=Fraction(0)))], rows=2)
+    nothing = DeltaSum([term(0, one, Surd(coefficient=Fraction(0)))], rows=2)
     assert nothing.bounds.tolist() == [0, 0]

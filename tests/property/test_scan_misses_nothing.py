@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from adapterhub_tools.linalg import low_rank, rounding
+from adapterhub_tools.linalg import delta_sum, rounding
 from adapterhub_tools.linalg.formats import FORMATS as PACKAGE_FORMATS
+from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.methods.lora import LoRA
 from tests.property.exact_oracle import FORMATS, Part, merged_matrix
 
@@ -114,11 +115,11 @@ class Block:
     def computed(self, *, unit: float | None = None) -> tuple[np.ndarray, int]:
         """The package's bits, and how many of them it decided exactly."""
         factor = FORMATS[self.factor_format].torch
-        term = self.lora.prepare(
+        term = self.lora.delta(
             {"B": torch.from_numpy(self.left).to(factor), "A": torch.from_numpy(self.right).to(factor)},
-            kind="linear",
+            Weight(kind="linear", shape=self.start.shape),
         )
-        expression = low_rank.LowRankSum([term], ROWS)
+        expression = delta_sum.DeltaSum([term], ROWS)
         if unit is not None:
             expression.unit = unit
         rounder = rounding.BlockRounder(
@@ -193,5 +194,5 @@ def test_a_scan_without_subnormal_ties_is_caught(monkeypatch):
 
 
 def test_rounding_twice_is_caught(monkeypatch):
-    monkeypatch.setattr(low_rank, "to_odd_double", lambda high, low: high)
+    monkeypatch.setattr(delta_sum, "to_odd_double", lambda high, low: high)
     assert mistakes("BF16", "grid") > 0

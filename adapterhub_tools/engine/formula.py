@@ -1,0 +1,66 @@
+"""From a step to the formula of its result: loads the factors and asks the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapterhub_tools import registry
+from adapterhub_tools.engine.buffers import load_whole, matrix_shape, memory_of, torch_dtype
+from adapterhub_tools.linalg.delta_sum import DeltaSum
+from adapterhub_tools.linalg.weight import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterhub_tools.linalg.expression import Expression
+    from adapterhub_tools.model.plan import ByteRange, Step, Term
+    from adapterhub_tools.store.files import LocalFile
+
+
+def formula(step: Step, open_source: Callable[[str], LocalFile]) -> Expression:
+    """Returns the formula of a step's result.
+
+    A step whose methods all add deltas that do not depend on the base is their sum; otherwise it has one
+    term, and its method makes the formula.
+
+    Raises:
+        FormatError: a factor is not finite.
+    """
+    rows, _ = matrix_shape(step.output.shape)
+    deltas = []
+    for term in step.terms:
+        method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
+        factors = {role: load_whole(open_source(item.uri), item) for role, item in term.factors.items()}
+        weight = _weight(step, term, open_source)
+        if not method.additive:
+            expression: Expression = method.expression(factors, weight)
+            return expression
+        deltas.append(method.delta(factors, weight))
+    return DeltaSum(deltas, rows)
+
+
+def _weight(step: Step, term: Term, open_source: Callable[[str], LocalFile]) -> Weight:
+    place = term.placement
+    return Weight(
+        kind=term.hparams["kind"],
+        shape=step.start.spec.shape,
+        read_rows=_reader(step.start, open_source),
+        row=place.rows[0] if place.rows else 0,
+        column=place.columns[0] if place.columns else 0,
+    )
+
+
+def _reader(start: ByteRange, open_source: Callable[[str], LocalFile]) -> Callable[[int, int], Tensor]:
+    _, columns = matrix_shape(start.spec.shape)
+    dtype = torch_dtype(start.spec.dtype)
+
+    def read_rows(first: int, count: int) -> Tensor:
+        size = columns * dtype.itemsize
+        raw = torch.empty(count * size, dtype=torch.uint8)
+        open_source(start.uri).read_into(memory_of(raw), start.offset + first * size)
+        return raw.view(dtype).view(count, columns).double()
+
+    return read_rows
