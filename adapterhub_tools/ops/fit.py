@@ -24,6 +24,7 @@ from adapterhub_tools.store.checkpoint import Checkpoint
 
 _SHOWN = 10
 _ONE_D_KINDS = ("linear", "conv1d", "unknown")
+_UNSUPPORTED = ("quantised-base", "tied-unsupported", "unknown-layout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,7 @@ class Fit:
         """Raises UnsupportedError if all problems are of that sort, MismatchError if not; returns if none."""
         if not self.problems:
             return
-        unsupported = all(p.kind in ("quantised-base", "tied-unsupported") for p in self.problems)
+        unsupported = all(p.kind in _UNSUPPORTED for p in self.problems)
         raise (UnsupportedError if unsupported else MismatchError)(*self.problems)
 
 
@@ -143,6 +144,8 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
             _fit_bias(module, name.removesuffix("weight") + "bias", checkpoint, biases, problems)
     if architecture is None and says_tied(config):
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
+    if architecture is None:
+        problems.extend(_unknown_layout(modules))
     _check_coverage(adapter, checkpoint, rule, problems, notes)
     return Fit(
         modules=tuple(modules),
@@ -203,6 +206,27 @@ def _linear_or_conv1d(module: TargetModule, shape: tuple[int, ...], architecture
     if linear[0] == linear[1] or shape not in (linear, linear[::-1]):
         return "linear" if module.kind == "unknown" else module.kind
     return "linear" if shape == linear else "conv1d"
+
+
+def _unknown_layout(modules: Iterable[TargetModule]) -> list[Problem]:
+    """Refuses square weights whose layout only the config tells, where other shapes show it to be mixed.
+
+    PEFT keeps one ``fan_in_fan_out`` for the adapter: the one that the last module needed.
+    """
+    flat = [m for m in modules if m.kind in ("linear", "conv1d") and {"A", "B"} <= set(m.factors)]
+    square = [m for m in flat if m.factors["B"].shape[0] == m.factors["A"].shape[-1]]
+    shown = {m.kind for m in flat if m.factors["B"].shape[0] != m.factors["A"].shape[-1]}
+    return [
+        Problem(
+            kind="unknown-layout",
+            loc=module.path,
+            message="its weight is square, so its shape does not tell whether it is stored as (out, in) or "
+            "(in, out); other modules of the adapter are stored in the other way than the config says.",
+            remedy="Merge it with PEFT (merge_and_unload), which knows the layer's class.",
+        )
+        for module in square
+        if shown - {module.kind}
+    ]
 
 
 def _fit_bias(

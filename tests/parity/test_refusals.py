@@ -15,6 +15,7 @@ from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from adapterhub_tools.errors import (
     AdapterError,
@@ -27,9 +28,11 @@ from adapterhub_tools.errors import (
 from adapterhub_tools.ops.init import init
 from tests.parity import models
 from tests.parity.oracle import (
+    WEIGHTS,
     Adapted,
     Case,
     adapt,
+    assert_close,
     assert_same_outputs,
     load_exactly,
     ours,
@@ -382,6 +385,53 @@ def test_two_adapters_that_replace_one_tensor(tmp_path: Path) -> None:
         ours(adapted.base, [adapted.adapter, adapted.adapter], tmp_path / "out")
     assert [problem.kind for problem in caught.value.problems] == ["replaced-twice"]
     assert not (tmp_path / "out").exists()
+
+
+class Layouts(nn.Module):
+    """Layers of GPT-2's class and of the usual one, which no table knows; two of them are square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = Conv1D(48, models.HIDDEN)
+        self.square = Conv1D(models.HIDDEN, models.HIDDEN)
+        self.up = nn.Linear(models.HIDDEN, 48)
+        self.even = nn.Linear(models.HIDDEN, models.HIDDEN)
+
+
+LAYOUTS = {
+    "one class, (in, out)": (["wide", "square"], True),
+    "one class, (out, in)": (["up", "even"], True),
+    "only square ones": (["square"], True),
+    "both classes, none square": (["wide", "up"], True),
+    "both classes, (in, out) square": (["wide", "square", "up"], False),
+    "both classes, (out, in) square": (["wide", "up", "even"], False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_neither_shape_nor_config_tells(name: str, tmp_path: Path) -> None:
+    """The adapter's config has one flag for all modules, so a square weight of a mixed model is refused."""
+    targets, merges = LAYOUTS[name]
+    model = Layouts()
+    models.randomise(model, seed=7)
+    base = models.save_base(model, tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    models.perturb_trainable(adapted, 3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    if not merges:
+        refused(UnsupportedError, "unknown-layout", base, tmp_path / "adapter", tmp_path / "out")
+        return
+    ours(base, tmp_path / "adapter", tmp_path / "out")
+    merged = stored(tmp_path / "out")
+    for tensor, expected in adapted.merge_and_unload().state_dict().items():
+        assert_close(merged[tensor], expected, tensor, WEIGHTS)
+
+
+def test_a_shared_bias_that_is_changed_in_two_ways(tmp_path: Path) -> None:
+    adapted = adapt(case(models.masked_bert, target_modules=["query"], bias="all"), tmp_path)
+    name = "base_model.model.cls.predictions.bias"
+    edit_tensors(adapted.adapter, lambda tensors: tensors.update({name: tensors[name] + 1}))
+    assert_refused(UnsupportedError, "tied-unsupported", adapted, tmp_path)
 
 
 # --- the base that a manifest records --------------------------------------------------------------------
