@@ -95,6 +95,35 @@ def census(merge: Merge, log: Path) -> tuple[Ended, Counter[str]]:
     return ended, counts
 
 
+def record(merge: Merge, log: Path, calls: str) -> tuple[Ended, list[str]]:
+    """Runs a merge and returns strace's lines of these calls of all its threads, without those cut in two."""
+    with _traced(merge, log, "-f", "-s", "4096", "-e", f"trace={calls}"):
+        merge.go()
+        ended = merge.end()
+    return ended, whole_lines(log.read_text(errors="replace"))
+
+
+def whole_lines(text: str) -> list[str]:
+    """Joins the two halves of a call that another thread's line came between.
+
+    It stands where it ended, but a flush where it began: only what was written before it is sure to be flushed.
+    """
+    begun: dict[str, str] = {}
+    lines = []
+    for line in text.splitlines():
+        thread, _, rest = line.partition(" ")
+        if rest.endswith("<unfinished ...>") and rest.startswith(("fsync(", "fdatasync(")):
+            lines.append(line)
+        elif rest.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        elif " resumed>" in rest:
+            if thread in begun:
+                lines.append(begun.pop(thread) + rest.partition(" resumed>")[2])
+        else:
+            lines.append(line)
+    return lines
+
+
 def inject(
     merge: Merge, log: Path, call: str, when: int, fault: str, *, always: str = "", follow: bool = False
 ) -> tuple[Ended, str]:
