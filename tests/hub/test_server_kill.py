@@ -26,8 +26,16 @@ class Push:
     """An adapter, and the requests of a clean push of it that change something or ask for the state."""
 
     adapter: Path
+    repo: str
     trace: list[dict[str, Any]]
     files: dict[str, bytes]
+
+    def left_in(self, repo: str) -> dict[str, bytes]:
+        """What a push to another repository leaves: the card says its name."""
+        card = self.files["README.md"].replace(
+            *(name.rpartition("/")[2].encode() for name in (self.repo, repo))
+        )
+        return {**self.files, "README.md": card}
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +43,12 @@ def push(hub_process: HubServer, client: ForkedClient, tmp_path_factory: pytest.
     adapter = write_adapter(tmp_path_factory.mktemp("killed") / "adapter", seed=4)
     hub_process.reset()
     hub_process.settings(**PARTS)
-    repo = hub_process.repo_name("clean")
+    repo = hub_process.repo_name("killed")
     hub_process.seed(repo, OLD)
     pushed = client.run("push", adapter, f"hf://{repo}", "--json")
     assert pushed.code == 0, pushed.err
-    return Push(adapter=adapter, trace=hub_process.requests(), files=hub_process.files(repo))
+    files = hub_process.files(repo)
+    return Push(adapter=adapter, repo=repo, trace=hub_process.requests(), files=files)
 
 
 def victims_of(trace: list[dict[str, Any]]) -> list[tuple[dict[str, Any], int, str]]:
@@ -66,7 +75,7 @@ def test_a_killed_server_holds_the_old_or_the_new(
         if content not in OLD.values():
             hub_server.blob_of(content).unlink(missing_ok=True)
     repo = hub_server.repo_name("killed")
-    old = hub_server.seed(repo, OLD)
+    old, expected = hub_server.seed(repo, OLD), push.left_in(repo)
     victim, skip, phase = victims_of(push.trace)[point]
     place = {"origin": victim["origin"], "method": victim["method"], "path": pattern(victim["path"])}
     hub_server.arm("kill", phase=phase, skip=skip, seed=point, **place)
@@ -84,11 +93,11 @@ def test_a_killed_server_holds_the_old_or_the_new(
         assert files == {**OLD, ".gitattributes": files[".gitattributes"]}
         assert ran.code == 9
     else:
-        assert files == push.files
+        assert files == expected
         assert state["commits"][head]["parent"] == old
     assert len(state["commits"]) == 2 + (head != old)
 
     again = client.run("push", push.adapter, f"hf://{repo}", "--json", **PATIENCE)
     assert again.code == 0, again.err
-    assert hub_server.files(repo) == push.files
+    assert hub_server.files(repo) == expected
     assert len(hub_server.state(repo)["commits"]) == 3
