@@ -106,7 +106,7 @@ def record(merge: Merge, log: Path, calls: str) -> tuple[Ended, list[str]]:
 def whole_lines(text: str) -> list[str]:
     """Joins the two halves of a call that another thread's line came between.
 
-    It stands where it ended, but a flush where it began: only what was written before it is sure to be flushed.
+    It stands where it ended, but a flush where it began: only what was written by then is sure to be flushed.
     """
     begun: dict[str, str] = {}
     lines = []
