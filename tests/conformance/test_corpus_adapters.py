@@ -1,7 +1,7 @@
 """Every real adapter of the corpus is described, or refused with a reason; none gives a traceback.
 
-The corpus is a folder of files from public repositories, beside this repository or at $ADAPTERTOOL_CORPUS. It is not
-part of the project, so these tests are skipped where it is absent.
+The corpus is a folder of files from public repositories, beside this repository or at $ADAPTERTOOL_CORPUS. It
+is not part of the project, so these tests are skipped where it is absent.
 """
 
 from __future__ import annotations
@@ -37,19 +37,23 @@ def folders() -> list[Path]:
     return sorted({file.parent for file in CORPUS.rglob("*") if file.suffix in WEIGHTS})
 
 
+def outcome_of(path: Path) -> tuple[str, tuple[at.Problem, ...]]:
+    """What inspect makes of a path: how it is described, or the class of the refusal and its problems."""
+    try:
+        report = at.inspect(path).to_json()
+    except at.AdapterError as error:
+        return type(error).__name__, error.problems
+    return ("described, mergeable" if report["mergeable"] else "described, not mergeable"), ()
+
+
 def test_every_adapter_is_described_or_refused_with_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes: Counter[str] = Counter()
     assert len(folders()) >= 30
     for folder in folders():
         for path in (folder, *sorted(folder.glob("*.safetensors"))):
-            try:
-                report = at.inspect(path).to_json()
-            except at.AdapterError as error:
-                outcomes[type(error).__name__] += 1
-                assert all(problem.message and problem.kind for problem in error.problems), path
-                assert all(problem.remedy for problem in error.problems), path
-            else:
-                outcomes["described, mergeable" if report["mergeable"] else "described, not mergeable"] += 1
+            outcome, problems = outcome_of(path)
+            outcomes[outcome] += 1
+            assert all(problem.message and problem.kind and problem.remedy for problem in problems), path
     with capsys.disabled():
         print(f"\ncorpus adapters: {dict(sorted(outcomes.items()))}")
     assert outcomes["described, mergeable"] >= 10

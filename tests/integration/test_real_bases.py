@@ -22,7 +22,8 @@ QUESTION = "Which planet is called the Red Planet?"
 
 def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.submodule_search_locations, f"{name}: run `make venv`"
+    assert spec is not None, f"{name} is not installed: run `make venv`"
+    assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
 
 
