@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Merge:
         return self.thread
 
     def go(self) -> None:
-        os.write(self._go, b"g")
+        with suppress(BrokenPipeError):  # it ended before it waited, and its report says why
+            os.write(self._go, b"g")
 
     @property
     def ended(self) -> bool:

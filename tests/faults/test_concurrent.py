@@ -145,4 +145,4 @@ def test_a_writer_that_is_killed_does_not_stop_the_others(scene: Scene, server: 
         assert tree_of(scene.out) in rivals.trees
         scene.merge_again()
     scene.check_inputs()
-    assert killed >= 3
+    assert killed >= 1
