@@ -78,6 +78,13 @@ def lookup(model_type: str | None) -> Architecture | None:
 
 
 @lru_cache(maxsize=1)
+def head_names() -> frozenset[str]:
+    """Returns the last path parts that output embeddings have in any known architecture."""
+    paths = [row.output_embedding for row in table().values() if row.output_embedding]
+    return frozenset(path.rpartition(".")[2] for path in paths) | {"lm_head", "embed_out"}
+
+
+@lru_cache(maxsize=1)
 def embedding_names() -> frozenset[str]:
     """Returns the last path parts that input and output embeddings have in any known architecture."""
     paths = [p for row in table().values() for p in (row.input_embedding, row.output_embedding) if p]

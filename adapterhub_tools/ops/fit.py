@@ -19,7 +19,7 @@ from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.plan import Placement
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.ops.name_rules import NameRule, choose_rule
-from adapterhub_tools.ops.tied import Tie, find_tie, says_tied
+from adapterhub_tools.ops.tied import Tie, find_tie, may_be_tied
 from adapterhub_tools.store.checkpoint import Checkpoint
 
 _SHOWN = 10
@@ -142,7 +142,7 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         )
         if "bias" in module.factors:
             _fit_bias(module, name.removesuffix("weight") + "bias", checkpoint, biases, problems)
-    if architecture is None and says_tied(config):
+    if tie is None and may_be_tied(checkpoint, architecture):
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
     if architecture is None:
         problems.extend(_unknown_layout(modules))
@@ -313,7 +313,7 @@ def _unknown_tie(paths: Iterable[str]) -> list[Problem]:
         Problem(
             kind="tied-unsupported",
             loc=path,
-            message="the base ties its embeddings, and its model type is not one whose tied names are known.",
+            message="the base ties its embeddings, or may do so, under names that are not known here.",
             remedy="Untie the base: load it, clone the weight, save it with tie_word_embeddings=false.",
         )
         for path in paths

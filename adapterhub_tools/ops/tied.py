@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from adapterhub_tools.architectures import Architecture
+from adapterhub_tools.architectures import Architecture, head_names
 from adapterhub_tools.store.checkpoint import Checkpoint
 
 _HEADS = re.compile(
@@ -64,20 +64,14 @@ def says_tied(config: dict[str, Any]) -> bool | None:
 
 def find_tie(checkpoint: Checkpoint, architecture: Architecture | None) -> Tie | None:
     """Returns the tied pair of a base, or None where its embeddings are not tied or it has no head."""
-    config = checkpoint.config or {}
     if architecture is None or not architecture.input_embedding or not architecture.output_embedding:
         return None
-    declared = says_tied(config)
-    if not (architecture.tied_default if declared is None else declared):
+    if not _is_tied(checkpoint, architecture):
         return None
     stored = checkpoint.tensors
     inner, output = f"{architecture.input_embedding}.weight", f"{architecture.output_embedding}.weight"
-    names = (inner, inner.removeprefix(f"{architecture.base_prefix}."))
-    found = next((name for name in names if name in stored), None)
-    if found is None:
-        return None
-    classes = config.get("architectures") or []
-    if output not in stored and classes and not any(_HEADS.search(str(name)) for name in classes):
+    found = _input_name(checkpoint, architecture)
+    if found is None or (output not in stored and _has_head(checkpoint) is False):
         return None
     own = [group for group in architecture.tied if inner in group or output in group]
     others = {name for group in own for name in group} - {inner, output}
@@ -95,3 +89,38 @@ def find_tie(checkpoint: Checkpoint, architecture: Architecture | None) -> Tie |
             if missing not in stored
         ),
     )
+
+
+def may_be_tied(checkpoint: Checkpoint, architecture: Architecture | None) -> bool:
+    """Says whether a base without a known pair may tie its embeddings under names that are not known.
+
+    A config of transformers 4 leaves ``tie_word_embeddings`` out where it is true, its default then.
+    """
+    if architecture is not None:
+        if not architecture.input_embedding or _input_name(checkpoint, architecture) is not None:
+            return False
+        return _is_tied(checkpoint, architecture) and _has_head(checkpoint) is not False
+    declared = says_tied(checkpoint.config or {})
+    if declared is not None:
+        return declared
+    heads = {f"{name}.weight" for name in head_names()}
+    stored = any(".".join(name.rsplit(".", 2)[-2:]) in heads for name in checkpoint.tensors)
+    return _has_head(checkpoint) is True and not stored
+
+
+def _is_tied(checkpoint: Checkpoint, architecture: Architecture) -> bool:
+    declared = says_tied(checkpoint.config or {})
+    return architecture.tied_default if declared is None else declared
+
+
+def _input_name(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
+    """Returns the stored name of the embedding; that of the bare model lacks the prefix."""
+    name = f"{architecture.input_embedding}.weight"
+    names = (name, name.removeprefix(f"{architecture.base_prefix}."))
+    return next((name for name in names if name in checkpoint.tensors), None)
+
+
+def _has_head(checkpoint: Checkpoint) -> bool | None:
+    """Returns whether the class that saved the base makes logits of tokens; None if it is not recorded."""
+    classes = (checkpoint.config or {}).get("architectures") or []
+    return any(_HEADS.search(str(name)) for name in classes) if classes else None
