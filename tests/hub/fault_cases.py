@@ -213,3 +213,16 @@ PUSH_CASES = (
     case("truncated answer", "truncate", API, EITHER, codes=LISTING_CODES),
     case("truncated upload instructions", "truncate", BATCH, EITHER, codes=LISTING_CODES),
 )  # fmt: skip
+
+# Into a repository that is not there yet, with a tag.
+CREATE = ("hub", "POST", "/repos/create")
+TAG = ("hub", "POST", "/tag/")
+CREATE_CASES = (
+    case("answer to a write lost", "lost_answer", WRITE, RECOVERS, how="rst"),
+    case("answer to the creation lost", "lost_answer", CREATE, RECOVERS, how="fin"),
+    case("answer to the tag lost", "lost_answer", TAG, RECOVERS, how="fin"),
+    case("5xx burst", "status", CREATE, RECOVERS, times=2, status=503),
+    case("reset before headers", "rst", ANY, RECOVERS, headers=False),
+    case("403 at the creation", "status", CREATE, FAILS, times=-1, status=403, code=False),
+    case("reset mid-upload for ever", "upload_rst", UPLOAD, FAILS, times=-1),
+)

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from tests.hub.fault_cases import EITHER, FAILS, PULL_CASES, PUSH_CASES, RECOVERS, SEEDS, FaultCase
+from tests.hub.fault_cases import (
+    CREATE_CASES,
+    EITHER,
+    FAILS,
+    PULL_CASES,
+    PUSH_CASES,
+    RECOVERS,
+    SEEDS,
+    FaultCase,
+)
 from tests.hub.forked_client import ForkedClient, Ran
 from tests.hub.hub_process import HubServer
 from tests.hub.small_adapter import config, weights, write_adapter
@@ -241,6 +250,65 @@ def test_push(
         merged = {**expected, **({"notes.txt": b"by someone else\n"} if theirs else {})}
         assert hub_server.files(repo) == merged
         assert len(hub_server.state(repo)["commits"]) == 3 + theirs
+
+
+@pytest.fixture(scope="session")
+def creation_trace(hub_process: HubServer, client: ForkedClient, pushing: Pushing) -> list[dict[str, Any]]:
+    """What a clean push into a new repository asks for."""
+    hub_process.reset()
+    hub_process.blob_of(NEW).unlink(missing_ok=True)
+    repo = hub_process.repo_name("pushed")
+    pushed = client.run("push", pushing.adapter, f"hf://{repo}", "--private", "--tag", "v1", "--json")
+    assert pushed.code == 0, pushed.err
+    return hub_process.requests()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("case", CREATE_CASES, ids=case_id)
+def test_push_into_a_new_repository(
+    hub_server: HubServer,
+    client: ForkedClient,
+    pushing: Pushing,
+    creation_trace: list[dict[str, Any]],
+    case: FaultCase,
+    seed: int,
+) -> None:
+    hub_server.blob_of(NEW).unlink(missing_ok=True)
+    repo = hub_server.repo_name("pushed")
+    victim = case.arm(hub_server, creation_trace, seed)
+    arguments = ("push", pushing.adapter, f"hf://{repo}", "--private", "--tag", "v1", "--json")
+    ran = client.run(*arguments, **(IMPATIENCE if case.expected == FAILS else PATIENCE))
+    assert hub_server.fired(), f"not hit: {victim}"
+    assert_no_leak(hub_server, ran)
+    state = hub_server.state(repo)
+    if case.expected == FAILS:
+        assert_error(ran, (9,))
+        assert len(state.get("commits", ())) <= 1  # the one that the Hub makes itself
+        hub_server.disarm()
+        ran = client.run(*arguments, **PATIENCE)
+        state = hub_server.state(repo)
+    assert ran.code == 0, (victim, ran.err)
+    assert state["private"]
+    assert len(state["commits"]) == 2
+    assert state["refs"] == dict.fromkeys(("refs/heads/main", "refs/tags/v1"), ran.json["commit"])
+    written = hub_server.files(repo)
+    assert written["adapter_model.safetensors"] == NEW
+    assert set(written) == set(pushing.files)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("how", ["fin", "rst"])
+def test_a_lost_answer_makes_no_second_pull_request(
+    hub_server: HubServer, client: ForkedClient, pushing: Pushing, how: str, seed: int
+) -> None:
+    repo, old = seeded(hub_server)
+    hub_server.arm("lost_answer", path="/commit/", how=how, seed=seed)
+    ran = client.run("push", pushing.adapter, f"hf://{repo}", "--create-pr", "--json", **PATIENCE)
+    assert hub_server.fired()
+    assert ran.code == 0, ran.err
+    state = hub_server.state(repo)
+    assert state["refs"] == {"refs/heads/main": old, "refs/pr/1": ran.json["commit"]}
+    assert hub_server.files(repo, "refs/pr/1") == pushing.left_in(repo)
 
 
 @pytest.mark.parametrize("where", ["refused", "unknown_host", "tls"])
