@@ -1,8 +1,8 @@
-"""A LoRA or DoRA adapter to PEFT's spelling: ``adapter_config.json`` and the names of the tensors.
+r"""A LoRA or DoRA adapter to PEFT's spelling: ``adapter_config.json`` and the names of the tensors.
 
 What the config said before is kept where it still holds. ``rank_pattern`` and ``alpha_pattern`` name only
 the modules that differ from the most frequent value, by the shortest end of a path that all modules with that
-end agree on: PEFT reads a key as the regular expression ``(.*\\.)?(key)$`` and takes the first that matches.
+end agree on: PEFT reads a key as the regular expression ``(.*\.)?(key)$`` and takes the first that matches.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def shortest_names(paths: Sequence[str], others: Iterable[str], *, dotted: bool 
         dotted: whether a name matches after a dot only (``target_modules``), or any end of the text
             (``modules_to_save``).
     """
-    taken = set()
+    taken: set[str] = set()
     loose = list(others)
     for other in loose:
         taken.update(_ends(other))
