@@ -129,7 +129,9 @@ class BlockRounder:
             return
         wide = self._wide[:count]
         wide.copy_(start)
-        self._expression.evaluate(wide, row)
+        if largest != 0.0:
+            # Where it is 0, x is w, and a product of zero must not turn -0 into +0.
+            self._expression.evaluate(wide, row)
         if self._to.name == "F64":
             out.copy_(wide)
             flags = ~np.isfinite(out.numpy())

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
 from tests.property.exact_oracle import FORMATS
 from tests.property.merge_cases import Case, Product, through_rounder
 
@@ -131,6 +132,21 @@ def test_signed_zeros(name):
     )
     # x - x is +0; a delta of exactly zero, also by cancellation, keeps the base.
     assert same(result(item), [0.0, -0.0, 0.0, -0.0])
+
+
+@pytest.mark.parametrize("start", sorted(FORMATS))
+@pytest.mark.parametrize("to", sorted(FORMATS))
+def test_a_block_that_no_product_reaches_keeps_its_zeros(start, to):
+    # Rows are long enough to be blocks of their own; only the second has a product.
+    columns = BLOCK_ELEMENTS
+    item = case(to, [-0.0], [("F32", [1.0], [[1.0]], 1.0, 1, False)], start_format=start)
+    item.start = np.full((2, columns), item.start[0, 0])
+    product = item.products[0]
+    product.left = np.array([[0], product.left[0]], dtype=np.uint64)
+    found, wrong = through_rounder(item)
+    assert wrong is None
+    assert (found[0] == item.to.sign).all()
+    assert found[1, :2].tolist() == [encode([[1.0]], item.to)[0, 0], item.to.sign]
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
