@@ -17,6 +17,7 @@ import adapterhub_tools as at
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = ROOT / "examples" / "smollm2-json-lora"
+MERGED_DIGEST = "tensor-tree-blake3-v1:edf4b2a263420d522c87d9fde14bd6ec5c2c62ba3fe76be1de0ca2f7a79c1f47"
 QUESTION = "Which planet is called the Red Planet?"
 
 
@@ -43,9 +44,11 @@ def chat_ids(folder: Path, question: str) -> torch.Tensor:
 
 
 def test_smollm2_answers_in_json_after_the_merge(smollm2: Path, tmp_path: Path) -> None:
-    assert at.validate(ADAPTER, base=smollm2).ok
-    report = at.merge(smollm2, ADAPTER, tmp_path / "merged", check_base="off")
+    at.validate(ADAPTER, base=smollm2).raise_for_problems()
+    report = at.merge(smollm2, ADAPTER, tmp_path / "merged")
     assert (report.changed, report.expected) == (60, 60)
+    # Correctly rounded, so the same on every machine, with any number of threads and any BLAS.
+    assert report.digest == MERGED_DIGEST
     ids = chat_ids(smollm2, QUESTION)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     answers = {}
@@ -62,7 +65,7 @@ def test_smollm2_answers_in_json_after_the_merge(smollm2: Path, tmp_path: Path) 
 def test_smollm2_merged_in_float32_has_the_logits_of_the_unmerged_adapter(
     smollm2: Path, tmp_path: Path
 ) -> None:
-    at.merge(smollm2, ADAPTER, tmp_path / "merged", check_base="off", dtype="float32")
+    at.merge(smollm2, ADAPTER, tmp_path / "merged", dtype="float32")
     ids = chat_ids(smollm2, QUESTION)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     with torch.no_grad():
