@@ -18,8 +18,11 @@ if TYPE_CHECKING:
         content_digest,
         init,
         inspect,
+        list_adapters,
         load_manifest,
         merge,
+        pull,
+        push,
         validate,
     )
     from adapterhub_tools.errors import (
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         UnsupportedVersionError,
     )
+    from adapterhub_tools.hub.listing import ListReport
+    from adapterhub_tools.hub.pull import PullReport
+    from adapterhub_tools.hub.push import PushReport
     from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
     from adapterhub_tools.model.base import BaseRef
     from adapterhub_tools.model.manifest import FileRecord, HistoryEntry, HistoryInput, Manifest
@@ -54,8 +60,11 @@ _HOMES = {
         "content_digest",
         "init",
         "inspect",
+        "list_adapters",
         "load_manifest",
         "merge",
+        "pull",
+        "push",
         "validate",
     ),
     "errors": (
@@ -70,6 +79,9 @@ _HOMES = {
         "UnsupportedError",
         "UnsupportedVersionError",
     ),
+    "hub.listing": ("ListReport",),
+    "hub.pull": ("PullReport",),
+    "hub.push": ("PushReport",),
     "model.adapter": ("Adapter", "FullTensor", "TargetModule"),
     "model.base": ("BaseRef",),
     "model.manifest": ("FileRecord", "HistoryEntry", "HistoryInput", "Manifest"),
@@ -99,12 +111,15 @@ __all__ = [
     "HubError",
     "InitReport",
     "IntegrityError",
+    "ListReport",
     "LossyError",
     "Manifest",
     "MergeReport",
     "MismatchError",
     "Problem",
     "Progress",
+    "PullReport",
+    "PushReport",
     "SilentProgress",
     "StoreError",
     "TargetModule",
@@ -117,8 +132,11 @@ __all__ = [
     "content_digest",
     "init",
     "inspect",
+    "list_adapters",
     "load_manifest",
     "merge",
+    "pull",
+    "push",
     "validate",
 ]
 

@@ -1,17 +1,18 @@
-"""The Python face: the same verbs and words as the command line, on paths.
+"""The Python face: the same verbs and words as the command line, on paths and references.
 
-Every function takes local paths, as text or ``pathlib.Path``. Nothing is printed; what was found or done is
+What is read may be a local path, as text or ``pathlib.Path``, or a reference such as ``"hf://owner/name"``;
+what is written is a local path. Nothing is printed; what was found or done is
 returned as a report that knows its own JSON, and what is wrong is raised as a subclass of ``AdapterError``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_tools.errors import UnsupportedError, escape
+from adapterhub_tools.api.exchange import list_adapters, pull, push
+from adapterhub_tools.api.paths import Reference, local_path, optional_path
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -23,8 +24,19 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.merge import MergeReport
     from adapterhub_tools.ops.validation_report import ValidationReport
 
-Reference = str | PathLike[str]
-"""A local path."""
+__all__ = [
+    "Reference",
+    "adapter_digest",
+    "content_digest",
+    "init",
+    "inspect",
+    "list_adapters",
+    "load_manifest",
+    "merge",
+    "pull",
+    "push",
+    "validate",
+]
 
 
 def inspect(path: Reference, *, base: Reference | None = None) -> AdapterReport | BaseReport:
@@ -39,9 +51,11 @@ def inspect(path: Reference, *, base: Reference | None = None) -> AdapterReport 
         UnsupportedError: of a format that cannot be read.
         StoreError: a file cannot be read.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import inspect as op
 
-    return op.inspect(_local(path), base=_optional(base))
+    with resolve.described(path) as opened, resolve.described_base(base) as opened_base:
+        return resolve.named(op.inspect(opened, base=opened_base), path)
 
 
 def validate(
@@ -66,16 +80,19 @@ def validate(
     Returns:
         a report; call ``raise_for_problems()`` on it to raise what is wrong.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import validate as op
 
-    return op.validate(
-        _local(adapter),
-        base=_optional(base),
-        check_base=check_base,
-        accept_embeddings=accept_embeddings,
-        cache=cache,
-        progress=progress,
-    )
+    with resolve.adapter_folder(adapter) as folder, resolve.optional_base(base) as opened_base:
+        report = op.validate(
+            folder,
+            base=opened_base,
+            check_base=check_base,
+            accept_embeddings=accept_embeddings,
+            cache=cache,
+            progress=progress,
+        )
+    return resolve.named(report, adapter)
 
 
 def init(
@@ -113,21 +130,23 @@ def init(
         MismatchError: the adapter does not fit the base.
         StoreError: there is a manifest already, or it cannot be written.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import init as op
 
-    return op.init(
-        _local(adapter),
-        base=_optional(base),
-        replace=replace,
-        base_id=base_id,
-        revision=revision,
-        licence=licence,
-        tag=tag,
-        quantisation=quantisation,
-        training=training,
-        cache=cache,
-        progress=progress,
-    )
+    with resolve.optional_base(base) as opened_base:
+        return op.init(
+            local_path(adapter),
+            base=opened_base,
+            replace=replace,
+            base_id=base_id,
+            revision=revision,
+            licence=licence,
+            tag=tag,
+            quantisation=quantisation,
+            training=training,
+            cache=cache,
+            progress=progress,
+        )
 
 
 def content_digest(
@@ -145,9 +164,12 @@ def content_digest(
         FormatError: the base is broken; every problem.
         StoreError: a file cannot be read.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import hash as op
 
-    return op.content_digest(_local(base), algorithm=algorithm, cache=cache, progress=progress)
+    with resolve.base_files(base) as opened:
+        found = op.content_digest(opened, algorithm=algorithm, cache=cache, progress=progress)
+    return resolve.named(found, base)
 
 
 def adapter_digest(adapter: Reference) -> str:
@@ -161,11 +183,13 @@ def adapter_digest(adapter: Reference) -> str:
         UnsupportedError: some of its tensors have no meaning known to this version.
         StoreError: a file cannot be read.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops.adapter_digest import adapter_digest as digest_of
     from adapterhub_tools.ops.adapter_reader import read_adapter
 
-    opened = read_adapter(_local(adapter))
-    return digest_of(opened.files, opened.adapter)
+    with resolve.adapter_folder(adapter) as folder:
+        opened = read_adapter(folder)
+        return digest_of(opened.files, opened.adapter)
 
 
 def load_manifest(path: Reference) -> Manifest:
@@ -181,7 +205,7 @@ def load_manifest(path: Reference) -> Manifest:
     """
     from adapterhub_tools.ops import manifest_file as op
 
-    return op.load_manifest(_local(path))
+    return op.load_manifest(local_path(path))
 
 
 def merge(
@@ -227,6 +251,9 @@ def merge(
         IntegrityError: the base is not the one that a manifest records.
         StoreError: could not read or write; the destination is untouched.
     """
+    from dataclasses import replace as with_fields
+
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import merge as op
     from adapterhub_tools.ops.merge_options import MergeOptions
 
@@ -243,20 +270,6 @@ def merge(
         adapter_tokenizer=adapter_tokenizer,
     )
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
-    return op.merge(_local(base), [_local(item) for item in adapters], _optional(out), options, progress)
-
-
-def _local(reference: Reference) -> Path:
-    """Returns the path that a reference names; one to another machine is refused, not looked up here."""
-    text = fspath(reference)
-    if "://" in text:
-        raise UnsupportedError.of(
-            "remote-reference",
-            f"{escape(text)!r} is not a local path.",
-            remedy="Download it first, and give its folder.",
-        )
-    return Path(text)
-
-
-def _optional(reference: Reference | None) -> Path | None:
-    return None if reference is None else _local(reference)
+    with resolve.base_files(base) as opened, resolve.adapter_folders(adapters) as folders:
+        report = op.merge(opened, folders, optional_path(out), options, progress)
+    return with_fields(report, notes=report.notes + resolve.streamed_note(base, dry_run))

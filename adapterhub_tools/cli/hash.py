@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from adapterhub_tools import api
@@ -13,7 +11,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("hash", cls=ToolCommand, example="adaptertool hash SmolLM2-135M-Instruct")
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path())
 @click.option(
     "--algorithm",
     type=click.Choice(["blake3", "sha256"]),
@@ -23,7 +21,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 )
 @click.option("--cache/--no-cache", default=True, help="Use the digest cache.")
 @standard_options
-def command(base: Path, algorithm: str, cache: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+def command(base: str, algorithm: str, cache: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print the content digest of BASE: the same for one file or many shards, whatever their headers.
 
     With -v or --json, also that of its config and of every tensor. Digests are kept in a small cache and used

@@ -47,7 +47,7 @@ def _read_pairs(_ctx: click.Context, param: click.Parameter, value: tuple[str, .
     example="adaptertool init my-adapter --base SmolLM2-135M-Instruct --licence apache-2.0",
 )
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="The base, whose digests are recorded then.")
+@click.option("--base", type=click.Path(), help="The base, whose digests are recorded then.")
 @click.option("--replace", is_flag=True, help="Replace a manifest; what no file can tell is kept.")
 @click.option("--base-id", help="The base's repository id.")
 @click.option("--revision", help="The base's commit or tag.")
@@ -70,7 +70,7 @@ def _read_pairs(_ctx: click.Context, param: click.Parameter, value: tuple[str, .
 @standard_options
 def command(
     adapter: Path,
-    base: Path | None,
+    base: str | None,
     replace: bool,
     base_id: str | None,
     revision: str | None,

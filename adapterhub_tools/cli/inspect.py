@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 @click.command(
     "inspect", cls=ToolCommand, example="adaptertool inspect my-adapter --base SmolLM2-135M-Instruct"
 )
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="The adapter's base, to tell its share.")
+@click.argument("path", type=click.Path())
+@click.option("--base", type=click.Path(), help="The adapter's base, to tell its share.")
 @standard_options
-def command(path: Path, base: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+def command(path: str, base: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Say what lies at PATH, an adapter or a base: method, ranks, targets, parameters, base.
 
     Only headers and configs are read, so it is instant at any size.

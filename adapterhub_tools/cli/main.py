@@ -15,6 +15,9 @@ COMMANDS = {
     "init": "Write the manifest of an adapter.",
     "hash": "Print the content digest of a base.",
     "merge": "Merge adapters into a base, exactly.",
+    "push": "Publish an adapter on the Hub or in a registry.",
+    "pull": "Bring an adapter from the Hub or a registry, verified.",
+    "list": "Say what a registry holds, or the versions of an adapter.",
 }
 """Every command and its one-line help; the module has the same name, with underscores for hyphens."""
 
@@ -46,10 +49,14 @@ def cli() -> None:
 
     Exit codes: 0 done or passed; 1 checked and found problems; 2 wrong usage; 3 a file is not what it
     claims to be; 4 not supported; 5 the adapter does not fit the base; 6 not exactly possible; 7 a digest
-    differs; 8 could not read or write; 10 could not check.
+    differs; 8 could not read or write; 9 a remote store failed; 10 could not check.
     """
 
 
 def main() -> None:
     """Runs the program and exits."""
     cli.main(prog_name="adaptertool")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,8 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("merge", cls=ToolCommand, example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged")
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapter", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("base", type=click.Path())
+@click.argument("adapter", type=click.Path(), nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--scale",
@@ -57,8 +57,8 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 )
 @standard_options
 def command(
-    base: Path,
-    adapter: tuple[Path, ...],
+    base: str,
+    adapter: tuple[str, ...],
     out: Path,
     scale: tuple[float, ...],
     dtype: str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 @click.command(
     "validate", cls=ToolCommand, example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct"
 )
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="The base that it must fit.")
+@click.argument("adapter", type=click.Path())
+@click.option("--base", type=click.Path(), help="The base that it must fit.")
 @click.option(
     "--check-base",
     type=click.Choice(["full", "targets", "off"]),
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 @click.option("--cache/--no-cache", default=True, help="Use the digest cache for the base.")
 @standard_options
 def command(
-    adapter: Path,
-    base: Path | None,
+    adapter: str,
+    base: str | None,
     check_base: str,
     accept_embeddings: bool,
     cache: bool,

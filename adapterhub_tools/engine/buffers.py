@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.model.plan import ByteRange
-    from adapterhub_tools.store.files import LocalFile
+    from adapterhub_tools.model.protocols import OpenSource
 
 CHUNK_BYTES = 8 << 20
 """Bytes read, hashed and written at a time."""
@@ -59,7 +59,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
-def load_whole(source: LocalFile, item: ByteRange) -> Tensor:
+def load_whole(source: OpenSource, item: ByteRange) -> Tensor:
     """Reads a tensor of an adapter in its stored dtype, and checks that every value is finite.
 
     Raises:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from adapterhub_tools.linalg.expression import Expression
     from adapterhub_tools.model.plan import ByteRange, Step, Term
-    from adapterhub_tools.store.files import LocalFile
+    from adapterhub_tools.model.protocols import OpenSource
 
 
-def formula(step: Step, open_source: Callable[[str], LocalFile]) -> Expression:
+def formula(step: Step, open_source: Callable[[str], OpenSource]) -> Expression:
     """Returns the formula of a step's result.
 
     A step whose methods all add deltas that do not depend on the base is their sum; otherwise it has one
@@ -42,7 +42,7 @@ def formula(step: Step, open_source: Callable[[str], LocalFile]) -> Expression:
     return DeltaSum(deltas, rows)
 
 
-def _weight(step: Step, term: Term, open_source: Callable[[str], LocalFile]) -> Weight:
+def _weight(step: Step, term: Term, open_source: Callable[[str], OpenSource]) -> Weight:
     place = term.placement
     return Weight(
         kind=term.hparams["kind"],
@@ -53,7 +53,7 @@ def _weight(step: Step, term: Term, open_source: Callable[[str], LocalFile]) -> 
     )
 
 
-def _reader(start: ByteRange, open_source: Callable[[str], LocalFile]) -> Callable[[int, int], Tensor]:
+def _reader(start: ByteRange, open_source: Callable[[str], OpenSource]) -> Callable[[int, int], Tensor]:
     _, columns = matrix_shape(start.spec.shape)
     dtype = torch_dtype(start.spec.dtype)
 

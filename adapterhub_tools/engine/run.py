@@ -22,8 +22,7 @@ from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers
 from adapterhub_tools.engine.tensor_job import Stopped, Surroundings, hash_range, run_step
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
 from adapterhub_tools.model.plan import ByteRange, Plan, Step
-from adapterhub_tools.model.protocols import Progress
-from adapterhub_tools.store.files import LocalFile
+from adapterhub_tools.model.protocols import OpenSource, Progress
 from adapterhub_tools.store.writer import RangeWriter
 
 MAX_DEFAULT_THREADS = 8
@@ -62,7 +61,7 @@ def run(
     plan: Plan,
     *,
     folder: Path,
-    sources: Mapping[str, Callable[[], LocalFile]],
+    sources: Mapping[str, Callable[[], OpenSource]],
     hash_base: Callable[[str], bool],
     algorithm: str,
     threads: int,
@@ -87,11 +86,11 @@ def run(
         StoreError: an input cannot be read or has changed.
         OSError: an output cannot be written.
     """
-    opened: dict[str, LocalFile] = {}
+    opened: dict[str, OpenSource] = {}
     lock = threading.Lock()
     failed = threading.Event()
 
-    def open_source(uri: str) -> LocalFile:
+    def open_source(uri: str) -> OpenSource:
         with lock:
             if uri not in opened:
                 opened[uri] = sources[uri]()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.model.plan import ByteRange, RowPatch, Step
-    from adapterhub_tools.store.files import LocalFile
+    from adapterhub_tools.model.protocols import OpenSource
     from adapterhub_tools.store.writer import RangeWriter
 
 
@@ -62,7 +62,7 @@ class Surroundings:
     algorithm: str
     device: str
     hash_base: Callable[[str], bool]
-    open_source: Callable[[str], LocalFile]
+    open_source: Callable[[str], OpenSource]
     advance: Callable[[int], None]
     stopped: Callable[[], bool]
 

@@ -1,4 +1,4 @@
-"""All that is taken from huggingface_hub: HTTP session, store of tokens, cards, and the xet upload.
+"""All that is taken from huggingface_hub: its HTTP session, its store of tokens, and the xet upload.
 
 It is imported inside the functions, because it takes a while to load and most commands do not need it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools.errors import FormatError, HubError, escape
+from adapterhub_tools.errors import HubError
 
 _LOGIN = "Log in again with `hf auth login`, or set HF_TOKEN."
 
@@ -73,32 +73,11 @@ def token_named(name: str) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def read_card(text: str) -> tuple[dict[str, Any], str]:
-    """Returns the metadata and the text of a model card.
+def xet_is_on() -> bool:
+    """Returns whether the chunked protocol of huggingface.co is installed and not switched off."""
+    from huggingface_hub.utils._runtime import is_xet_available
 
-    Raises:
-        FormatError: the metadata is not a YAML mapping.
-    """
-    from huggingface_hub import ModelCard
-
-    yaml_error: type[Exception] = sys.modules["yaml"].YAMLError
-    try:
-        card = ModelCard(text, ignore_metadata_errors=False)
-        return dict(card.data.to_dict()), str(card.text)  # type: ignore[no-untyped-call]
-    except (yaml_error, ValueError, TypeError, AttributeError) as error:
-        raise FormatError.of(
-            "card",
-            f"its metadata cannot be read: {escape(error)}.",
-            file="README.md",
-            remedy="Correct the YAML between the two '---' lines.",
-        ) from error
-
-
-def write_metadata(metadata: dict[str, Any]) -> str:
-    """Returns a card's metadata as YAML, in the order given."""
-    from huggingface_hub.utils._fixes import yaml_dump
-
-    return str(yaml_dump(metadata, sort_keys=False, line_break="\n"))
+    return bool(is_xet_available())
 
 
 def upload_by_xet(

@@ -1,4 +1,4 @@
-"""Brings an adapter here: pinned to a commit first, each file checked, the folder there whole or not at all."""
+"""Brings an adapter here: pinned to a commit, each file checked, the folder there whole or not at all."""
 
 from __future__ import annotations
 

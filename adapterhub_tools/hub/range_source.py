@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from adapterhub_tools.errors import HubError, IntegrityError, Problem, StoreError, escape
+from adapterhub_tools.errors import HubError, Problem, StoreError, escape
 from adapterhub_tools.hub.download import check_headers, require_partial
 from adapterhub_tools.hub.patience import Deadline, TransientError, patiently
 from adapterhub_tools.hub.repository import Repository
 from adapterhub_tools.hub.transport import bad_answer
-from adapterhub_tools.hub.trees import RemoteFile
+from adapterhub_tools.hub.trees import ContentCheck, RemoteFile
 
 HEAD_BYTES = 64 << 10
 """Read at once from the beginning, so that most headers need one request."""
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 4 << 20
 """Bytes of one request while a file is streamed."""
-WINDOWS_AHEAD = 4
+WINDOWS_AHEAD = 8
 """Windows that are fetched while an earlier one is being used."""
 
 
@@ -160,20 +158,22 @@ class RangeSource:
 class StreamedSource(RangeSource):
     """A file that is read once from front to back, by range requests that run ahead.
 
-    Windows of WINDOW_BYTES are fetched by a few threads and hashed in their order. ``check_unchanged``, which
-    a run calls before its output becomes visible, fetches what was left out and compares the SHA-256 of the
-    whole file with the one the commit names.
+    Windows of WINDOW_BYTES are fetched ahead by the threads of a pool and hashed in their order.
+    ``check_unchanged``, which a run calls before its output becomes visible, fetches what was left out and
+    compares the digest of the whole file with the one the commit names.
 
-    Memory: WINDOWS_AHEAD + 2 windows.
+    Memory: WINDOWS_AHEAD + 1 windows while it is being read, and one after that.
     """
 
-    def __init__(self, repository: Repository, commit: str, file: RemoteFile, *, name: str) -> None:
+    def __init__(
+        self, repository: Repository, commit: str, file: RemoteFile, *, name: str, pool: ThreadPoolExecutor
+    ) -> None:
         super().__init__(repository, commit, file, name=name)
-        self._pool = ThreadPoolExecutor(WINDOWS_AHEAD, thread_name_prefix="adaptertool-range")
+        self._pool = pool
         self._windows: dict[int, Future[bytes]] = {}
         self._count = -(-file.size // WINDOW_BYTES)
         self._hashed = 0
-        self._sha256 = hashlib.sha256()
+        self._check = ContentCheck(file)
         self._in_order = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> None:
@@ -205,22 +205,15 @@ class StreamedSource(RangeSource):
             IntegrityError: it is other content.
             HubError: the rest of it cannot be had.
         """
-        if self.file.sha256 is None:
-            return
         while self._hashed < self._count:
             self._window(self._hashed)
-        found = self._sha256.hexdigest()
-        if found != self.file.sha256:
-            raise IntegrityError.of(
-                "content",
-                f"the streamed bytes have SHA-256 {found}; the commit says {self.file.sha256}.",
-                file=escape(self._name),
-                remedy="Try again; if it stays so, the server or a cache before it gives damaged content.",
-            )
+        self._check.raise_if_other()
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Gives up what was fetched ahead."""
+        for window in self._windows.values():
+            window.cancel()
+        self._windows.clear()
 
     def _window(self, index: int) -> bytes:
         """Returns a window, begins the ones after it, and forgets the ones before."""
@@ -236,15 +229,12 @@ class StreamedSource(RangeSource):
                 self._windows[number] = self._pool.submit(self._load, number)
         data = self._windows[index].result()
         if index == self._hashed:
-            self._sha256.update(data)
+            self._check.update(data)
             self._hashed += 1
-        for number in [number for number in self._windows if number < index - 1]:
+        for number in [number for number in self._windows if number < index]:
             del self._windows[number]
         return data
 
     def _load(self, index: int) -> bytes:
         begin = index * WINDOW_BYTES
         return self.fetch(begin, min(WINDOW_BYTES, self.length - begin))
-
-
-Opener = Callable[[str], RangeSource]

@@ -123,6 +123,13 @@ class Repository:
         """Returns branch -> commit."""
         return self._refs("branches")
 
+    def pull_requests(self) -> dict[int, str]:
+        """Returns number -> commit of the pull requests, oldest first."""
+        named = self._refs("pullRequests", "?include_prs=1")
+        numbers = {name.removeprefix("refs/pr/"): commit for name, commit in named.items()}
+        found = {int(n): commit for n, commit in numbers.items() if n.isascii() and n.isdigit()}
+        return {number: found[number] for number in sorted(found)}
+
     def history(self, revision: str, limit: int = 50) -> tuple[Change, ...]:
         """Returns the latest changes of a revision, newest first."""
         url = f"{self._api}/commits/{quote(revision, safe='')}"
@@ -182,8 +189,9 @@ class Repository:
         data = json.dumps(body).encode()
         return self.transport.json("POST", path, what=what, body=data, accept=accept)[0]
 
-    def _refs(self, kind: str) -> dict[str, str]:
-        data, _ = self.transport.json("GET", f"{self._api}/refs", what=f"reading the tags of {self._shown}")
+    def _refs(self, kind: str, query: str = "") -> dict[str, str]:
+        what = f"reading the tags of {self._shown}"
+        data, _ = self.transport.json("GET", f"{self._api}/refs{query}", what=what)
         entries = data.get(kind, []) if isinstance(data, dict) else None
         if not isinstance(entries, list):
             raise bad_answer("its list of branches and tags is no list")

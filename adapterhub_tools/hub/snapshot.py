@@ -48,7 +48,14 @@ class HubSnapshot:
         folder: the folder inside it.
     """
 
-    def __init__(self, reference: HubReference, repository: Repository | None = None) -> None:
+    def __init__(
+        self,
+        reference: HubReference,
+        repository: Repository | None = None,
+        *,
+        commit: str | None = None,
+        files: tuple[RemoteFile, ...] | None = None,
+    ) -> None:
         """Pins the revision to a commit, and lists its files.
 
         Raises:
@@ -58,16 +65,23 @@ class HubSnapshot:
         self.repository = repository or Repository.connect(reference.id)
         self.endpoint = self.repository.transport.endpoint.url
         self.folder = reference.folder
-        commit = self.repository.pin(reference.revision)
-        if not commit.id:
-            raise HubError.of(
-                "no-revision", f"{escape(reference)} has no commit.", remedy="Push something to it first."
-            )
-        self.version = commit.id
-        files = self.repository.tree(commit.id, reference.folder)
+        if commit is None:
+            found = self.repository.pin(reference.revision)
+            if not found.id:
+                raise HubError.of(
+                    "no-revision", f"{escape(reference)} has no commit.", remedy="Push something to it first."
+                )
+            commit = found.id
+        self.version = commit
+        listed = self.repository.tree(commit, reference.folder) if files is None else files
         cut = len(reference.folder) + 1 if reference.folder else 0
-        self._full = {file.path[cut:]: file for file in files}
+        self._full = {file.path[cut:]: file for file in listed}
         self.files = tuple(_renamed(file, path) for path, file in sorted(self._full.items()))
+
+    @classmethod
+    def of(cls, repository: Repository, commit: str, files: tuple[RemoteFile, ...]) -> HubSnapshot:
+        """Returns some files of a commit that was pinned and listed before."""
+        return cls(HubReference(id=repository.id), repository, commit=commit, files=files)
 
     def full(self, file: RemoteFile) -> RemoteFile:
         """Returns a file of ``files`` with its path in the repository."""

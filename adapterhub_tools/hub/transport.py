@@ -74,9 +74,11 @@ class Transport:
         *,
         what: str,
         body: bytes | None = None,
-        content_type: str = "application/json",
+        media: str = "application/json",
+        content: str | None = None,
         repeatable: bool = True,
         accept: tuple[int, ...] = (200, 201),
+        signed: bool = False,
     ) -> tuple[Any, Mapping[str, str]]:
         """Sends a request and returns the parsed answer and its headers.
 
@@ -85,21 +87,25 @@ class Transport:
             path: below the endpoint, or a whole URL of the endpoint.
             what: what is being done, for messages.
             body: what to send.
-            content_type: of the body.
+            media: the type of the answer.
+            content: the type of the body, if it is another.
             repeatable: whether it may be sent again if no answer came.
             accept: the statuses that are no error.
+            signed: the URL itself is the permission, so that no token is sent.
 
         Raises:
             HubError: it failed, or the answer is no JSON.
         """
         deadline = self.patience.deadline()
         url = path if "://" in path else self.endpoint.url + path
-        headers = {"accept": "application/json"}
+        headers = {"accept": media}
         if body is not None:
-            headers["content-type"] = content_type
+            headers["content-type"] = content or media
 
         def attempt() -> tuple[Any, Mapping[str, str]]:
-            with self.open(method, url, what=what, headers=headers, body=body, deadline=deadline) as answer:
+            with self.open(
+                method, url, what=what, headers=headers, body=body, deadline=deadline, signed=signed
+            ) as answer:
                 if answer.status not in accept:
                     raise self.refusal(answer, what)
                 data = answer.read(MAX_JSON_BYTES)

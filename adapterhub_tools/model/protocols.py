@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 
@@ -26,6 +28,46 @@ class Source(Protocol):
             StoreError: the bytes cannot be read, or there are fewer.
         """
         ...
+
+
+class OpenSource(Source, Protocol):
+    """An open file that is read in place; reads are positional, so threads can share one."""
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fills ``view``, which must be contiguous bytes, from ``offset``.
+
+        Raises:
+            StoreError: the bytes cannot be read, or there are fewer.
+            HubError: they come from elsewhere and cannot be had.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Checks that what was read is still what the file says; called before a result counts.
+
+        Raises:
+            StoreError: the file was changed.
+            IntegrityError: the bytes that came are not the ones that the source had promised.
+        """
+        ...
+
+    def close(self) -> None:
+        """Closes it; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> OpenSource:
+        """Returns itself."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes it."""
+        ...
+
+
+Opener = Callable[[str], OpenSource]
+"""The name of a file in its folder -> the open file."""
 
 
 class Progress(Protocol):

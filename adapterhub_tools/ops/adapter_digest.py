@@ -25,8 +25,8 @@ from adapterhub_tools.model.tensor import TensorSpec
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.adapter import Adapter, TargetModule
+    from adapterhub_tools.model.protocols import OpenSource
     from adapterhub_tools.store.adapter_files import AdapterFiles
-    from adapterhub_tools.store.files import LocalFile
 
 ALGORITHMS = {
     "adapter-tree-blake3-v1": "tensor-tree-blake3-v1",
@@ -129,7 +129,7 @@ def _derived(adapter: Adapter) -> Iterator[tuple[str, str, tuple[int, ...], byte
             yield f"full/{full.target}/rows", "I64", (len(full.rows),), rows
 
 
-def _read(source: LocalFile, files: AdapterFiles, spec: TensorSpec) -> Iterator[bytes]:
+def _read(source: OpenSource, files: AdapterFiles, spec: TensorSpec) -> Iterator[bytes]:
     header = files.header
     offset = 0 if header is None else header.offsets[spec.name]
     for start in range(0, spec.nbytes, _CHUNK):

@@ -41,8 +41,8 @@ class OpenedAdapter:
         return count_dtypes(self.files.header.tensors if self.files.header else {})
 
 
-def examine_adapter(path: Path) -> OpenedAdapter:
-    """Opens an adapter and collects what is wrong with its content instead of raising it.
+def examine_adapter(path: Path | AdapterFiles) -> OpenedAdapter:
+    """Opens an adapter, or takes one that is open, and collects what is wrong with its content.
 
     Raises:
         FormatError: no adapter, or a file that cannot be parsed, the manifest included.

@@ -59,12 +59,16 @@ class ContentDigest:
 
 
 def content_digest(
-    base: Path, *, algorithm: str = "blake3", cache: bool = True, progress: Progress | None = None
+    base: Path | Checkpoint,
+    *,
+    algorithm: str = "blake3",
+    cache: bool = True,
+    progress: Progress | None = None,
 ) -> ContentDigest:
     """Returns the content digest of a base.
 
     Args:
-        base: a folder or a ``.safetensors`` file.
+        base: a folder or a ``.safetensors`` file, or a base that is open already.
         algorithm: ``"blake3"`` or ``"sha256"``.
         cache: whether digests of files that have not changed may be taken from, and put into, the cache.
         progress: told how far it is.
@@ -78,7 +82,7 @@ def content_digest(
     tree = tree_of(algorithm)
     tensors, warnings = tensor_digests(checkpoint, algorithm=tree, cache=cache, progress=progress)
     return ContentDigest(
-        path=str(base),
+        path=str(checkpoint.root if isinstance(base, Checkpoint) else base),
         digest=root_digest(tree, tensors),
         config_digest=None if checkpoint.config is None else config_digest(checkpoint.config),
         tensors={name: digest.hex() for name, digest in tensors.items()},

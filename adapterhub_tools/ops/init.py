@@ -18,7 +18,7 @@ from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 from adapterhub_tools.ops.base_check import identify_base
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
-from adapterhub_tools.store.checkpoint import open_checkpoint
+from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.adapter import Adapter
@@ -66,7 +66,7 @@ class InitReport:
 def init(
     adapter: Path,
     *,
-    base: Path | None = None,
+    base: Path | Checkpoint | None = None,
     replace: bool = False,
     base_id: str | None = None,
     revision: str | None = None,
@@ -129,7 +129,7 @@ def init(
 def new_manifest(
     adapter: Path,
     *,
-    base: Path | None = None,
+    base: Path | Checkpoint | None = None,
     base_id: str | None = None,
     revision: str | None = None,
     licence: str | None = None,

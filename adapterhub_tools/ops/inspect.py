@@ -14,7 +14,8 @@ from adapterhub_tools.model.scaling import scale_of
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, count_dtypes, examine_adapter
 from adapterhub_tools.ops.base_report import BaseReport, report_base
 from adapterhub_tools.registry import load, names
-from adapterhub_tools.store.checkpoint import open_checkpoint
+from adapterhub_tools.store.adapter_files import AdapterFiles
+from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.files import LocalFile
 from adapterhub_tools.store.folder import folder_kind
 from adapterhub_tools.store.header import read_header
@@ -148,11 +149,13 @@ _FACTOR = re.compile(
 )
 
 
-def inspect(path: Path, *, base: Path | None = None) -> AdapterReport | BaseReport:
+def inspect(
+    path: Path | Checkpoint | AdapterFiles, *, base: Path | Checkpoint | None = None
+) -> AdapterReport | BaseReport:
     """Says what lies at a path.
 
     Args:
-        path: an adapter or a base: a folder, or a ``.safetensors`` file.
+        path: an adapter or a base: a folder, or a ``.safetensors`` file; or what is open already.
         base: the base of an adapter, to tell the share of its parameters that the adapter trains.
 
     Raises:
@@ -160,7 +163,9 @@ def inspect(path: Path, *, base: Path | None = None) -> AdapterReport | BaseRepo
         UnsupportedError: of a format that cannot be read.
         StoreError: a file cannot be read.
     """
-    if _is_adapter(path):
+    if isinstance(path, Checkpoint):
+        return report_base(path.root, path)
+    if isinstance(path, AdapterFiles) or _is_adapter(path):
         return _report_adapter(path, base)
     return report_base(path, open_checkpoint(path))
 
@@ -182,13 +187,13 @@ def _is_adapter(path: Path) -> bool:
     return known or sum(_FACTOR.search(name) is not None for name in tensors) * 2 > len(tensors)
 
 
-def _report_adapter(path: Path, base: Path | None) -> AdapterReport:
+def _report_adapter(path: Path | AdapterFiles, base: Path | Checkpoint | None) -> AdapterReport:
     opened = examine_adapter(path)
     adapter, files = opened.adapter, opened.files
     header = files.header
     pickles = tuple(f"{name} is a pickle: it was not read" for name in files.pickles)
     return AdapterReport(
-        path=str(path),
+        path=str(path.root if isinstance(path, AdapterFiles) else path),
         adapter=_with_manifest_base(opened),
         ranks=_count(module.hparams.get("rank") for module in adapter.modules),
         alphas=_count(module.hparams.get("alpha") for module in adapter.modules),
@@ -213,7 +218,7 @@ def _with_manifest_base(opened: OpenedAdapter) -> Adapter:
     return replace(opened.adapter, base=opened.manifest.base)
 
 
-def _base_parameters(opened: OpenedAdapter, base: Path | None) -> int | None:
+def _base_parameters(opened: OpenedAdapter, base: Path | Checkpoint | None) -> int | None:
     if base is not None:
         return sum(tensor.spec.elements for tensor in open_checkpoint(base).tensors.values())
     return None if opened.manifest is None else opened.manifest.base.parameters

@@ -35,6 +35,7 @@ from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_outputs import SideOutputs, index_text, side_outputs
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
+from adapterhub_tools.ops.module_kinds import guarantee_of
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.digest import root_digest
@@ -92,7 +93,7 @@ class MergeReport:
 
 
 def merge(
-    base: Path,
+    base: Path | Checkpoint,
     adapters: Sequence[Path],
     out: Path | None,
     options: MergeOptions,
@@ -104,7 +105,7 @@ def merge(
     a few buffers and of one module's factors for each thread, whatever the size of the base.
 
     Args:
-        base: the base model's folder, or its single safetensors file.
+        base: the base model's folder, or its single safetensors file, or one that is open already.
         adapters: the adapters' folders, at least one.
         out: the folder to make; None only with ``dry_run``.
         options: see MergeOptions.
@@ -122,8 +123,9 @@ def merge(
     scales = options.scale_of_each(len(adapters))
     if not adapters:
         raise MismatchError.of("no-adapter", "no adapter was given.", remedy="Give at least one.")
+    inputs = [base.root if isinstance(base, Checkpoint) else base, *adapters]
     if out is not None:
-        check_destination(out, inputs=[base, *adapters], replace=options.replace)
+        check_destination(out, inputs=inputs, replace=options.replace)
     elif not options.dry_run:
         raise ValueError("out may be None only in a dry run")
     opened = [_open_mergeable(path, options) for path in adapters]
@@ -134,7 +136,8 @@ def merge(
 
     from adapterhub_tools.engine.run import buffer_bytes, default_threads
 
-    threads = options.threads or default_threads()
+    # A base that comes over a network is read from front to back; the bytes are the same.
+    threads = 1 if checkpoint.is_remote else options.threads or default_threads()
     planned = plan_merge(checkpoint, parts, options, lambda steps: buffer_bytes(steps, threads))
     side = side_outputs(checkpoint, planned, parts, options)
     notes = _notes(parts, planned, side)
@@ -145,7 +148,7 @@ def merge(
         return _report(out, planned, parts, notes, receipt=None, resolved=0)
     check_config(opened, checkpoint, options)
     with stage(
-        out, inputs=[base, *adapters], replace=options.replace, allow_replace_gap=options.allow_replace_gap
+        out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
     ) as staged:
         receipt, resolved = _write(
             staged,
@@ -283,6 +286,7 @@ def _write(
                 scale=part.scale,
                 targets=len(part.fit.modules),
                 full=len(part.fit.full),
+                guarantee=guarantee_of((part.opened.adapter.method,)),
             )
             for part, digest in zip(parts, digests, strict=True)
         ),
@@ -291,7 +295,7 @@ def _write(
             "accept_embeddings": options.accept_embeddings,
             "adapter_tokenizer": options.adapter_tokenizer,
         },
-        guarantee="exact",
+        guarantee=guarantee_of(part.opened.adapter.method for part in parts),
         digest=root_digest(algorithm, result.outputs),
         config_digest=side.config_digest,
         files={file.name: file.length for file in planned.plan.files},

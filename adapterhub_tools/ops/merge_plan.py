@@ -6,19 +6,22 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterhub_tools.errors import MismatchError, Problem
+from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.plan import ByteRange, OutputFile, Placement, Plan, RowPatch, Step, Term
+from adapterhub_tools.model.protocols import OpenSource
 from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.ops.fit import is_embedding
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Change, Part
+from adapterhub_tools.ops.module_kinds import bias_factors, is_additive
 from adapterhub_tools.ops.tied_plan import Ties, settle_ties
 from adapterhub_tools.store.checkpoint import Checkpoint
-from adapterhub_tools.store.files import LocalFile
 from adapterhub_tools.store.layout import build_file
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class MergePlan:
     """
 
     plan: Plan
-    sources: dict[str, Callable[[], LocalFile]]
+    sources: dict[str, Callable[[], OpenSource]]
     ties: Ties
     rows: int | None
     added: tuple[str, ...]
@@ -58,7 +61,8 @@ def plan_merge(
 
     Raises:
         MismatchError: two adapters replace one tensor differently, or the vocabulary grows on one side only.
-        UnsupportedError: tied embeddings of a sort that cannot be untied.
+        UnsupportedError: tied embeddings of a sort that cannot be untied; or two adapters on one tensor of
+            which one does not simply add to it.
     """
     changes: dict[str, Change] = {}
     problems: list[Problem] = []
@@ -67,6 +71,7 @@ def plan_merge(
         _add_full(part, changes, problems)
     if problems:
         raise MismatchError(*problems)
+    _refuse_mixtures(changes)
     base_range = _BaseRanges(checkpoint)
     ties = settle_ties(parts, changes, base_range, checkpoint)
     rows = _grown_rows(checkpoint, parts, changes, ties)
@@ -74,9 +79,9 @@ def plan_merge(
     read = {step.base_name for step in steps if step.base_name is not None}
     targets = sorted({n for part in parts for n in part.fit.target_names if n in checkpoint.tensors})
     wanted = {"full": list(checkpoint.tensors), "targets": targets, "off": []}[options.check_base]
-    sources: dict[str, Callable[[], LocalFile]] = {part.uri: part.open for part in parts}
+    sources: dict[str, Callable[[], OpenSource]] = {part.uri: part.open for part in parts}
     for file in checkpoint.files:
-        sources[str(checkpoint.paths[file])] = _opener(checkpoint, file)
+        sources[checkpoint.uri(file)] = _opener(checkpoint, file)
     return MergePlan(
         plan=Plan(
             steps=steps,
@@ -100,10 +105,10 @@ class _BaseRanges:
 
     def __call__(self, name: str) -> ByteRange:
         stored = self._checkpoint.tensors[name]
-        return ByteRange(uri=str(self._checkpoint.paths[stored.file]), offset=stored.offset, spec=stored.spec)
+        return ByteRange(uri=self._checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
 
 
-def _opener(checkpoint: Checkpoint, file: str) -> Callable[[], LocalFile]:
+def _opener(checkpoint: Checkpoint, file: str) -> Callable[[], OpenSource]:
     return lambda: checkpoint.open(file)
 
 
@@ -121,11 +126,30 @@ def _add_terms(part: Part, changes: dict[str, Change]) -> None:
             term = Term(
                 module=module.path,
                 method=module.method,
-                hparams=hparams,
-                factors={"bias": part.range_of(module.factors["bias"])},
+                hparams={**hparams, "kind": "bias"},
+                factors={role: part.range_of(spec) for role, spec in bias_factors(module).items()},
                 placement=Placement(base_tensor=name),
             )
             changes.setdefault(name, Change()).terms.append(term)
+
+
+def _refuse_mixtures(changes: Mapping[str, Change]) -> None:
+    """Refuses two adapters on one tensor unless both add deltas; only those have a sum."""
+    problems = []
+    for name, change in changes.items():
+        methods = sorted({term.method for term in change.terms if not is_additive(term.method)})
+        if methods and len(change.terms) > 1:
+            problems.append(
+                Problem(
+                    kind="not-additive",
+                    loc=name,
+                    message=f"{len(change.terms)} adapters change this tensor, and what {', '.join(methods)} "
+                    "makes of it depends on the weight that it meets, so the order would decide.",
+                    remedy="Merge one after the other: the output of one merge is the base of the next.",
+                )
+            )
+    if problems:
+        raise UnsupportedError(*problems[:_SHOWN])
 
 
 def _add_full(part: Part, changes: dict[str, Change], problems: list[Problem]) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from adapterhub_tools.errors import FormatError, UnsupportedError
 from adapterhub_tools.model.plan import ByteRange, Term
+from adapterhub_tools.model.protocols import OpenSource
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.tied import Tie
 from adapterhub_tools.store.checkpoint import Checkpoint
-from adapterhub_tools.store.files import LocalFile
 
 _PIECE = 4 << 20
 
@@ -186,7 +186,7 @@ def _equal_bytes(first: ByteRange, second: ByteRange, sources: Mapping[str, Part
         return _equal_ranges(left, first, right, second)
 
 
-def _equal_ranges(left: LocalFile, first: ByteRange, right: LocalFile, second: ByteRange) -> bool:
+def _equal_ranges(left: OpenSource, first: ByteRange, right: OpenSource, second: ByteRange) -> bool:
     if first.spec.shape != second.spec.shape or first.spec.dtype != second.spec.dtype:
         return False
     for at in range(0, first.spec.nbytes, _PIECE):

@@ -20,7 +20,7 @@ from adapterhub_tools.ops.finite import finite_problems
 from adapterhub_tools.ops.manifest_file import file_problems, manifest_path
 from adapterhub_tools.ops.validation_report import Collector, ValidationReport
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
-from adapterhub_tools.store.checkpoint import open_checkpoint
+from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.schemas import check
 from adapterhub_tools.store.strict_json import read_json
 from adapterhub_tools.store.values import bool_problems
@@ -35,7 +35,7 @@ _REWRITE = "Run `adaptertool init --replace` if the change is yours; otherwise g
 def validate(
     adapter: Path,
     *,
-    base: Path | None = None,
+    base: Path | Checkpoint | None = None,
     check_base: str = "full",
     accept_embeddings: bool = False,
     cache: bool = True,
@@ -211,7 +211,7 @@ def _stale(kind: str, message: str, loc: str) -> Problem:
 def _check_base(
     described: Adapter,
     manifest: Manifest | None,
-    base: Path,
+    base: Path | Checkpoint,
     found: Collector,
     check_base: str,
     cache: bool,

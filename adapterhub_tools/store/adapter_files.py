@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape
+from adapterhub_tools.model.protocols import Opener, OpenSource
 from adapterhub_tools.store.files import FileStamp, LocalFile, resolve_inside
 from adapterhub_tools.store.folder import (
     PICKLE_SUFFIXES,
@@ -38,6 +39,7 @@ class AdapterFiles:
         manifest: the content of ``adapter_manifest.json``, if there is one; not checked against its schema.
         pickles: weights that are pickles, which are never loaded.
         other: the other names in the folder, sorted; folders end in ``/``.
+        opener: how the weights are opened where they are not local; ``path`` is an empty file then.
     """
 
     root: Path
@@ -50,8 +52,9 @@ class AdapterFiles:
     manifest: dict[str, Any] | None = None
     pickles: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
+    opener: Opener | None = None
 
-    def open_weights(self) -> LocalFile:
+    def open_weights(self) -> OpenSource:
         """Opens the weights, which must still be in the state in which their header was read.
 
         Raises:
@@ -64,32 +67,37 @@ class AdapterFiles:
             message = f"there is no '{WEIGHTS_FILE}'."
             remedy = "Get the adapter again from its source, every file of it."
             raise UnsupportedError.of("no-weights", message, file=self.root.name, remedy=remedy)
+        if self.opener is not None:
+            return self.opener(self.weights_file)
         return LocalFile(self.path, name=self.weights_file, expect=self.stamp)
 
 
-def open_adapter_files(path: Path) -> AdapterFiles:
-    """Opens an adapter.
+def open_adapter_files(path: Path | AdapterFiles, *, opener: Opener | None = None) -> AdapterFiles:
+    """Opens an adapter; one that is open already is returned as it is.
 
     Args:
         path: a folder that holds ``adapter_config.json`` and ``adapter_model.safetensors``, or whose only
             weights are one other ``.safetensors`` file; or a ``.safetensors`` file. With
             ``adapter_model.bin`` alone the adapter can be described by its config, and ``weights_file`` is
             None.
+        opener: how weights are opened whose name alone stands in the folder.
 
     Raises:
         FormatError: no adapter, or files that are not what they claim; every problem.
         UnsupportedError: the path is a file of another format.
         StoreError: a file cannot be read.
     """
+    if isinstance(path, AdapterFiles):
+        return path
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, opener)
     if path.suffix != ".safetensors" and path.exists():
         raise foreign_weights(path.name)
     names = names_in(path.parent) if path.parent.is_dir() else ()
     return _read(path.parent, names, path.name, (), linked=True)
 
 
-def _open_folder(root: Path) -> AdapterFiles:
+def _open_folder(root: Path, opener: Opener | None) -> AdapterFiles:
     names = names_in(root)
     safetensors = [name for name in names if name.endswith(".safetensors")]
     pickles = tuple(
@@ -118,11 +126,17 @@ def _open_folder(root: Path) -> AdapterFiles:
         raise FormatError.of(
             "no-adapter", message, file=root.name or str(root), remedy="Give the folder of an adapter."
         )
-    return _read(root, names, weights, pickles, linked=False)
+    return _read(root, names, weights, pickles, linked=False, opener=opener)
 
 
 def _read(
-    root: Path, names: tuple[str, ...], weights: str | None, pickles: tuple[str, ...], *, linked: bool
+    root: Path,
+    names: tuple[str, ...],
+    weights: str | None,
+    pickles: tuple[str, ...],
+    *,
+    linked: bool,
+    opener: Opener | None = None,
 ) -> AdapterFiles:
     """Reads what there is; ``linked`` allows that the weights, named by the user, are a link to anywhere."""
     problems: list[Problem] = []
@@ -132,8 +146,9 @@ def _read(
     if weights is not None:
         try:
             real = root / weights if linked else resolve_inside(root, weights)
-            with LocalFile(real, name=weights) as source:
-                header, stamp = read_header(source), source.stamp
+            with LocalFile(real, name=weights) if opener is None else opener(weights) as source:
+                header = read_header(source)
+                stamp = source.stamp if isinstance(source, LocalFile) else None
         except (FormatError, UnsupportedError) as error:
             problems.extend(error.problems)
     raise_collected(problems, root.name or str(root))
@@ -148,5 +163,6 @@ def _read(
         stamp=stamp,
         manifest=manifest,
         pickles=pickles,
+        opener=opener,
         other=tuple(name + "/" * (root / name).is_dir() for name in names if name not in known),
     )

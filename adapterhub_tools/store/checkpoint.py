@@ -12,6 +12,7 @@ from typing import Any
 
 from adapterhub_tools.errors import AdapterError, FormatError, Problem, UnsupportedError, escape
 from adapterhub_tools.model.base import StoredTensor
+from adapterhub_tools.model.protocols import Opener, OpenSource
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
 from adapterhub_tools.store.files import FileStamp, LocalFile, resolve_inside
 from adapterhub_tools.store.folder import (
@@ -48,6 +49,8 @@ class Checkpoint:
         config: the content of ``config.json``, if there is one.
         config_file: its name, if there is one.
         index_metadata: the ``metadata`` of the index; empty without one.
+        opener: how its weight files are opened where they are not local; ``paths`` are empty files then, and
+            ``stamps`` has none.
     """
 
     root: Path
@@ -60,28 +63,41 @@ class Checkpoint:
     config: dict[str, Any] | None
     config_file: str | None
     index_metadata: dict[str, Any]
+    opener: Opener | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the weights are read over a network: once, from front to back, is what is fast then."""
+        return self.opener is not None
+
+    def uri(self, file: str) -> str:
+        """Returns what a plan calls a weight file."""
+        return str(self.paths[file])
 
     @property
     def nbytes(self) -> int:
         """The number of bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def open(self, file: str) -> LocalFile:
+    def open(self, file: str) -> OpenSource:
         """Opens a weight file, which must still be in the state in which its header was read.
 
         Raises:
             StoreError: it was changed since, or cannot be opened.
         """
+        if self.opener is not None:
+            return self.opener(file)
         return LocalFile(self.paths[file], name=file, expect=self.stamps[file])
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a base model.
+def open_checkpoint(path: Path | Checkpoint, *, opener: Opener | None = None) -> Checkpoint:
+    """Opens a base model; one that is open already is returned as it is.
 
     Args:
         path: a folder that holds ``model.safetensors``, or ``model.safetensors.index.json`` and its shards
             (or the same as ``diffusion_pytorch_model``), or exactly one other ``.safetensors`` file; or such
             a file; or such an index.
+        opener: how weight files are opened whose names alone stand in the folder.
 
     Raises:
         FormatError: no weights, or files that are not what they claim or contradict each other; every
@@ -89,8 +105,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UnsupportedError: the weights are pickles or of another format.
         StoreError: a file cannot be read.
     """
+    if isinstance(path, Checkpoint):
+        return path
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, opener)
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_sharded(path.parent, path.name)
     if path.suffix != ".safetensors" and path.exists():
@@ -109,7 +127,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _open_files(path.parent, (path.name,), None, {}, named=True)
 
 
-def _open_folder(root: Path) -> Checkpoint:
+def _open_folder(root: Path, opener: Opener | None) -> Checkpoint:
     names = names_in(root)
     weights = [stem + ".safetensors" for stem in STEMS if stem + ".safetensors" in names]
     indexes = [stem + _INDEX_SUFFIX for stem in STEMS if stem + _INDEX_SUFFIX in names]
@@ -123,14 +141,14 @@ def _open_folder(root: Path) -> Checkpoint:
         remedy = "Give the path of the one that is meant, or remove the other."
         raise FormatError.of("ambiguous-base", message, file=root.name or str(root), remedy=remedy)
     if indexes:
-        return _open_sharded(root, indexes[0])
+        return _open_sharded(root, indexes[0], opener)
     if weights:
-        return _open_files(root, (weights[0],), None, {})
+        return _open_files(root, (weights[0],), None, {}, opener=opener)
     others = [name for name in names if name.endswith(".safetensors")]
     if "adapter_model.safetensors" in others or "adapter_config.json" in names:
         raise _adapter_as_base(root.name or str(root))
     if len(others) == 1:
-        return _open_files(root, (others[0],), None, {})
+        return _open_files(root, (others[0],), None, {}, opener=opener)
     if others:
         shown = ", ".join(escape(name) for name in others[:5]) + (" and more" if len(others) > 5 else "")
         message = f"found {len(others)} .safetensors files ({shown}) and no index that joins them."
@@ -164,7 +182,7 @@ def _adapter_as_base(name: str) -> AdapterError:
     return FormatError.of("adapter-as-base", message, file=name, remedy=remedy)
 
 
-def _open_sharded(root: Path, index_file: str) -> Checkpoint:
+def _open_sharded(root: Path, index_file: str, opener: Opener | None = None) -> Checkpoint:
     """Opens the shards of an index, and checks the index against them."""
     index = read_json_object(resolve_inside(root, index_file), file=index_file)
     problems: list[Problem] = []
@@ -192,7 +210,7 @@ def _open_sharded(root: Path, index_file: str) -> Checkpoint:
             shards.add(shard)
     if problems:
         raise_collected(problems, index_file)
-    checkpoint = _open_files(root, tuple(sorted(shards)), index_file, metadata)
+    checkpoint = _open_files(root, tuple(sorted(shards)), index_file, metadata, opener=opener)
     _check_index(checkpoint, weight_map, add)
     raise_collected(problems, index_file)
     return checkpoint
@@ -231,6 +249,7 @@ def _open_files(
     index_metadata: dict[str, Any],
     *,
     named: bool = False,
+    opener: Opener | None = None,
 ) -> Checkpoint:
     """Reads the headers of the weight files and the config; one tensor may lie in one file only.
 
@@ -248,9 +267,11 @@ def _open_files(
                 message = "the index lists this shard, but it is missing."
                 problems.append(Problem(kind="missing-file", message=message, file=file, remedy=_RESTORE))
                 continue
-            with LocalFile(real, name=file) as source:
+            with LocalFile(real, name=file) if opener is None else opener(file) as source:
                 header = read_header(source)
-                paths[file], stamps[file], headers[file] = real, source.stamp, header
+                paths[file], headers[file] = real, header
+                if isinstance(source, LocalFile):
+                    stamps[file] = source.stamp
         except (FormatError, UnsupportedError) as error:
             problems.extend(_in_index(problem, index_file, file) for problem in error.problems)
             continue
@@ -278,4 +299,5 @@ def _open_files(
         config=config,
         config_file=None if config is None else "config.json",
         index_metadata=index_metadata,
+        opener=opener,
     )

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterhub_tools.model.base import StoredTensor
-    from adapterhub_tools.model.protocols import Progress
+    from adapterhub_tools.model.protocols import OpenSource, Progress
     from adapterhub_tools.model.tensor import TensorSpec
     from adapterhub_tools.store.checkpoint import Checkpoint
-    from adapterhub_tools.store.files import LocalFile
 
 DEFAULT = "tensor-tree-blake3-v1"
 """The algorithm used unless another is asked for: one core does 8 GB/s."""
@@ -134,6 +133,9 @@ def digest_checkpoint(
     _new_hash(algorithm)
     chosen = sorted(checkpoint.tensors if names is None else set(names))
     tensors = sorted((checkpoint.tensors[name] for name in chosen), key=lambda tensor: -tensor.nbytes)
+    if checkpoint.is_remote:  # what comes over a network comes from front to back
+        tensors.sort(key=lambda tensor: (tensor.file, tensor.offset))
+        threads = 1
     total = sum(tensor.nbytes for tensor in tensors)
     progress = progress or SilentProgress()
     progress.start("hash", total)
@@ -232,7 +234,7 @@ class _Job:
 
     def work(self) -> None:
         # Descriptors of its own: the kernel's read-ahead follows one reader per descriptor.
-        files: dict[str, LocalFile] = {}
+        files: dict[str, OpenSource] = {}
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         try:
             while (tensor := self.take()) is not None:
@@ -248,7 +250,7 @@ class _Job:
             for source in files.values():
                 source.close()
 
-    def digest(self, source: LocalFile, tensor: StoredTensor, buffer: memoryview) -> bytes:
+    def digest(self, source: OpenSource, tensor: StoredTensor, buffer: memoryview) -> bytes:
         hasher = TensorHasher(self.algorithm, tensor.spec)
         advise(source, tensor.offset, tensor.nbytes, "SEQUENTIAL")
         position = tensor.offset
@@ -263,7 +265,7 @@ class _Job:
         return hasher.digest()
 
 
-def advise(source: LocalFile, offset: int, length: int, advice: str) -> None:
+def advise(source: OpenSource, offset: int, length: int, advice: str) -> None:
     """Tells the kernel how a range of a file is used, where it can be told; a refusal changes nothing.
 
     Args:
@@ -272,8 +274,10 @@ def advise(source: LocalFile, offset: int, length: int, advice: str) -> None:
         length: its length in bytes; 0 does nothing (to the kernel it would mean the rest of the file).
         advice: ``"SEQUENTIAL"``, ``"WILLNEED"`` or ``"DONTNEED"``.
     """
+    from adapterhub_tools.store.files import LocalFile
+
     code = getattr(os, f"POSIX_FADV_{advice}", None)
-    if code is None or length == 0:
+    if code is None or length == 0 or not isinstance(source, LocalFile):
         return
     try:
         os.posix_fadvise(source.fileno(), offset, length, code)
@@ -281,7 +285,7 @@ def advise(source: LocalFile, offset: int, length: int, advice: str) -> None:
         return  # advice only
 
 
-def _pieces(source: LocalFile, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+def _pieces(source: OpenSource, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
     """Yields a range of a file piece by piece, each in the same buffer."""
     end = offset + length
     while offset < end:

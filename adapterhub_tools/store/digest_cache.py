@@ -176,6 +176,8 @@ def cached_checkpoint_digests(
         KeyError: a name that the checkpoint does not hold.
     """
     wanted = set(checkpoint.tensors if names is None else names)
+    if checkpoint.is_remote:
+        cache = None  # its files have no path and no state to remember them by
     known: dict[str, dict[str, bytes]] = {}
     if cache is not None:
         for file in sorted({checkpoint.tensors[name].file for name in wanted}):

@@ -10,7 +10,7 @@ from tests.house.test_arrows import tomllib
 from tests.house.tree import PACKAGE, REPOSITORY
 
 # The name of a distribution, where the module that it brings is called otherwise.
-MODULE = {"huggingface-hub": "huggingface_hub"}
+MODULE = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
 
 
 def imported() -> dict[str, str]:

@@ -17,6 +17,7 @@ from adapterhub_tools.cli.main import cli
 # Commands whose function has another name than the command.
 OTHER_NAME = {
     "hash": "content_digest",  # hash is a builtin, and the function returns one digest
+    "list": "list_adapters",  # list is a builtin
 }
 # Options of commands that no function has, with the reason.
 ONLY_ON_THE_COMMAND_LINE = {

@@ -247,6 +247,6 @@ def test_a_manifest_of_another_major_version_is_refused(tmp_path: Path) -> None:
         at.inspect(adapter)
 
 
-def test_a_remote_reference_is_refused_with_the_remedy() -> None:
-    with pytest.raises(at.UnsupportedError, match="Download it first"):
-        at.inspect("hf://owner/name")
+def test_what_is_written_to_is_a_local_path() -> None:
+    with pytest.raises(at.UnsupportedError, match="Pull it first"):
+        at.init("hf://owner/name")

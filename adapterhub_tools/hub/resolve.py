@@ -1,0 +1,177 @@
+"""The seam between references and files: what the operations read, wherever it is.
+
+A local path is passed on as it is. A remote adapter is pulled into a temporary folder, verified; a remote
+base is streamed by range; to describe either, only headers are read.
+
+For a local path nothing else of this package is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapterhub_tools.errors import UnsupportedError, escape
+from adapterhub_tools.hub.reference import HubReference, is_remote
+
+if TYPE_CHECKING:
+    from adapterhub_tools.hub.snapshot import HubSnapshot
+    from adapterhub_tools.store.adapter_files import AdapterFiles
+    from adapterhub_tools.store.checkpoint import Checkpoint
+
+R = TypeVar("R")
+Given = str | PathLike[str]
+
+
+@contextmanager
+def adapter_folder(reference: Given) -> Iterator[Path]:
+    """Yields the folder of an adapter; a remote one is pulled, verified, and removed afterwards.
+
+    Raises:
+        AdapterError: it cannot be had; see ``hub.pull.pull``.
+    """
+    text = fspath(reference)
+    if not is_remote(text):
+        yield Path(text)
+        return
+    from adapterhub_tools.hub.pull import pull
+    from adapterhub_tools.hub.transfer import open_snapshot, parse
+
+    snapshot = open_snapshot(parse(text))
+    with _scratch() as scratch:
+        # The name of the folder is what reports and notes call the adapter.
+        folder = scratch / (text.split("@")[0].rstrip("/").rpartition("/")[2] or "adapter")
+        pull(snapshot, folder, follow_chain=False)
+        yield folder
+
+
+@contextmanager
+def base_files(reference: Given) -> Iterator[Path | Checkpoint]:
+    """Yields the path of a base, or a remote one opened to be read once, from front to back.
+
+    Raises:
+        AdapterError: it cannot be had.
+    """
+    text = fspath(reference)
+    if not is_remote(text):
+        yield Path(text)
+        return
+    from adapterhub_tools.hub.remote_folder import stream_base
+
+    snapshot = _on_hub(text)
+    with _scratch() as scratch, _pool() as pool:
+        yield stream_base(snapshot, scratch, pool)
+
+
+@contextmanager
+def described(reference: Given) -> Iterator[Path | Checkpoint | AdapterFiles]:
+    """Yields a path, or a remote adapter or base opened by its headers.
+
+    Raises:
+        AdapterError: it cannot be had.
+    """
+    text = fspath(reference)
+    if not is_remote(text):
+        yield Path(text)
+        return
+    from adapterhub_tools.hub.remote_folder import describe_adapter, describe_base, is_adapter
+    from adapterhub_tools.hub.snapshot import HubSnapshot
+    from adapterhub_tools.hub.transfer import parse
+
+    parsed = parse(text)
+    if not isinstance(parsed, HubReference):
+        with adapter_folder(text) as folder:
+            yield folder
+        return
+    snapshot = HubSnapshot(parsed)
+    with _scratch() as scratch:
+        yield (
+            describe_adapter(snapshot, scratch) if is_adapter(snapshot) else describe_base(snapshot, scratch)
+        )
+
+
+@contextmanager
+def adapter_folders(references: Iterable[Given]) -> Iterator[list[Path]]:
+    """Yields the folders of several adapters; see ``adapter_folder``."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(adapter_folder(reference)) for reference in references]
+
+
+@contextmanager
+def optional_base(reference: Given | None) -> Iterator[Path | Checkpoint | None]:
+    """Yields a base as ``base_files`` does, or None for None."""
+    if reference is None:
+        yield None
+        return
+    with base_files(reference) as base:
+        yield base
+
+
+@contextmanager
+def described_base(reference: Given | None) -> Iterator[Path | Checkpoint | None]:
+    """Yields a base as ``described`` does, or None for None; an adapter is refused like a local one."""
+    if reference is None:
+        yield None
+        return
+    from adapterhub_tools.store.adapter_files import AdapterFiles
+
+    with described(reference) as found:
+        yield found.root if isinstance(found, AdapterFiles) else found
+
+
+def named(report: R, reference: Given) -> R:
+    """Returns a report whose ``path`` is the reference, not the temporary folder that stood for it."""
+    text = fspath(reference)
+    if not is_remote(text):
+        return report
+    changed: Any = report
+    return dataclasses.replace(changed, path=text)  # type: ignore[no-any-return]
+
+
+def streamed_note(reference: Given, dry_run: bool) -> tuple[str, ...]:
+    """Returns what a report says of a base that was streamed."""
+    text = fspath(reference)
+    if not is_remote(text) or dry_run:
+        return ()
+    return (f"the base was streamed from {escape(text)}; each file had the digest that the commit names",)
+
+
+def _on_hub(text: str) -> HubSnapshot:
+    from adapterhub_tools.hub.snapshot import HubSnapshot
+    from adapterhub_tools.hub.transfer import parse
+
+    reference = parse(text)
+    if not isinstance(reference, HubReference):
+        raise UnsupportedError.of(
+            "registry-base",
+            f"{escape(text)!r}: a registry holds adapters, not bases.",
+            remedy="Give the base as a local folder or hf://owner/name.",
+        )
+    return HubSnapshot(reference)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="adaptertool-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    from adapterhub_tools.hub.remote_folder import READERS
+
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="adaptertool-range")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
