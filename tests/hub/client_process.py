@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 LIMIT_SECONDS = 60
@@ -44,11 +43,3 @@ def real_client(code: str, env: Mapping[str, str], **args: object) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.rpartition("RESULT")[2])
-
-
-def adaptertool(env: Mapping[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs our own command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "adapterhub_tools.cli.main", *map(str, arguments)],
-        env=dict(env), capture_output=True, text=True, timeout=LIMIT_SECONDS,
-    )  # fmt: skip
