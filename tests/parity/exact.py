@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 PRECISION = {
@@ -51,6 +55,22 @@ class Factors:
         """One element of s·B·A."""
         pairs = zip(self.b[row].tolist(), self.a[:, column].tolist(), strict=True)
         return self.factor * sum((Fraction(x) * Fraction(y) for x, y in pairs), Fraction(0))
+
+
+def factors_of(adapter: Path, module: str, **more: Any) -> Factors:
+    """Reads one module's factors and its config as the exact formula wants them."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    prefix = f"base_model.model.{module}."
+    a, b = tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"]
+    return Factors(
+        a=a.flatten(1),
+        b=b.flatten(1),
+        alpha=config["lora_alpha"],
+        rank=config["r"],
+        root=config["use_rslora"],
+        **more,
+    )
 
 
 def nearest(value: Fraction, dtype: torch.dtype) -> Fraction:

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import adapterhub_tools as at
 from adapterhub_tools.errors import AdapterError
-from adapterhub_tools.ops.merge import MergeReport, merge
-from adapterhub_tools.ops.merge_options import MergeOptions
 from tests.parity.models import Builder, outputs_of, perturb_trainable, save_base
 
 WEIGHTS = 1e-6
@@ -25,6 +24,9 @@ WEIGHTS = 1e-6
 
 LOGITS = 1e-5
 """Allowed difference of an output value, relative to the largest one where that exceeds 1."""
+
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 @dataclass(kw_only=True)
@@ -132,10 +134,21 @@ def load_exactly(
     return model.eval()
 
 
-def ours(base: Path, adapters: Path | Sequence[Path], out: Path, **options: Any) -> MergeReport:
+def lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **fields})
+
+
+def saved_with(model: nn.Module, config: LoraConfig, folder: Path, seed: int = 3) -> PeftModel:
+    """Adapts a model, perturbs all that is trainable, and saves the adapter."""
+    adapted = get_peft_model(model, config)
+    perturb_trainable(adapted, seed)
+    adapted.eval().save_pretrained(folder)
+    return adapted
+
+
+def ours(base: Path, adapters: Path | Sequence[Path], out: Path, **options: Any) -> at.MergeReport:
     """Merges with the package under test."""
-    paths = [adapters] if isinstance(adapters, Path) else list(adapters)
-    return merge(base, paths, out, MergeOptions(**options))
+    return at.merge(base, adapters, out, **options)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -179,13 +192,13 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
 
 
-def changed_names(report: MergeReport) -> set[str]:
+def changed_names(report: at.MergeReport) -> set[str]:
     """Returns the tensors that a receipt says were changed, cast or added."""
     assert report.receipt is not None
     return {t.name for t in report.receipt.tensors if t.action != "copy"}
 
 
-def check_parity(case: Case, folder: Path, *, reference_is_right: bool = True) -> tuple[MergeReport, Path]:
+def check_parity(case: Case, folder: Path, *, reference_is_right: bool = True) -> tuple[at.MergeReport, Path]:
     """Runs the whole comparison for one case.
 
     Args:
