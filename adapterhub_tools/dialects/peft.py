@@ -6,7 +6,7 @@ Reads configs of PEFT 0.1 to 0.21. LoRA is read in full; every other ``peft_type
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from adapterhub_tools.dialects._peft import blockers as lora_blockers
@@ -14,13 +14,17 @@ from adapterhub_tools.dialects._peft import generic, lora
 from adapterhub_tools.dialects._peft.config import PeftType, base_ref, check_fields, table
 from adapterhub_tools.dialects._peft.full import FullTensors
 from adapterhub_tools.dialects._peft.keys import PREFIX, Factors, clean, json_kind, limited, split
+from adapterhub_tools.dialects._peft.module_settings import hyperparameters
+from adapterhub_tools.dialects._peft.patterns import key_matches
 from adapterhub_tools.dialects._peft.settings import DEFAULT_ALPHA, DEFAULT_RANK
 from adapterhub_tools.dialects._peft.targets import TargetRule
+from adapterhub_tools.dialects._peft.writing import Written
+from adapterhub_tools.dialects._peft.writing import write as _write
 from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.tensor import TensorSpec
 
-__all__ = ["TargetRule", "detect", "examine", "read", "targeted"]
+__all__ = ["TargetRule", "Written", "detect", "examine", "match_keys", "read", "targeted", "write"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -122,6 +126,36 @@ def targeted(adapter: Adapter, paths: Sequence[str]) -> tuple[list[str], bool]:
     rule = TargetRule.from_config(adapter.unparsed.get("config", {}))
     hits = rule.match(paths)
     return [path for path, hit in zip(paths, hits, strict=True) if hit], not rule.needs_base
+
+
+def match_keys(keys: Sequence[str], paths: Sequence[str], *, loc: str = "") -> list[list[int]]:
+    """Returns for each path which keys match it, in order, as ``rank_pattern`` and ``alpha_pattern`` do.
+
+    Args:
+        keys: regular expressions for the end of a path.
+        paths: module paths.
+        loc: where the keys come from, for messages.
+
+    Raises:
+        FormatError: a key is invalid or takes too long.
+    """
+    return key_matches(keys, paths, loc=loc)
+
+
+def write(adapter: Adapter, *, base_modules: Collection[str] | None = None) -> Written:
+    """Returns config and tensor names of a LoRA or DoRA adapter, as PEFT 0.21 reads them.
+
+    Args:
+        adapter: the description; the names of its tensors are any that differ, and each module has ``rank``,
+            ``alpha`` and ``scaling``. The config in ``unparsed`` is kept where it still holds.
+        base_modules: paths of the base's modules that have weights, so that the targets mean no other
+            module; None if the base is not known, and then targets that are new are listed by their last
+            part.
+
+    Raises:
+        UnsupportedError: another method, a factor that PEFT has no place for, or scaling rules that differ.
+    """
+    return _write(adapter, base_modules)
 
 
 class _Parts:
@@ -246,7 +280,7 @@ def _other(
 ) -> None:
     """Reads an adapter of any other type."""
     parts.method = kind.method
-    parts.hparams = generic.hyperparameters(config, kind)
+    parts.hparams = hyperparameters(config, kind)
     rule = TargetRule.from_config(config, file=parts.config_file)
     full = FullTensors(config, rule, set(factors), file=parts.file, names=parts.names)
     full.add(rest)
@@ -255,7 +289,10 @@ def _other(
         parts.full = sorted([*rows, *full.full], key=lambda f: (f.target, f.role))
         parts.problems.extend(problems)
     else:
-        parts.modules = generic.build(factors, config, kind)
+        parts.modules, problems = generic.build(
+            factors, config, kind, file=parts.file, config_file=parts.config_file
+        )
+        parts.problems.extend(problems)
         parts.full = full.full
     parts.problems.extend(full.problems)
     parts.notes.extend(full.notes)

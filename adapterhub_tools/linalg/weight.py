@@ -23,7 +23,8 @@ class Weight:
     """A base weight during a merge, seen as a matrix of its first axis by all others; a vector is a column.
 
     Attributes:
-        kind: the module's kind, see model/adapter.py.
+        kind: the module's kind, see model/adapter.py; ``"vector"`` for a norm's weight, ``"bias"``
+            for a module's bias.
         shape: as stored.
         read_rows: (first row, count) -> the stored values in float64, shape (count, columns), on the CPU. For
             methods that need the whole weight before they can change any of it.

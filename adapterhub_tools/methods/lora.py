@@ -35,6 +35,7 @@ class LoRA:
 
     guarantee: ClassVar[str] = "exact"
     additive: ClassVar[bool] = True
+    needs_bias: ClassVar[bool] = True
     rank: int
     alpha: float
     scaling: str = "alpha/rank"
@@ -61,11 +62,13 @@ class LoRA:
         """Compares the factors' shapes with the base weight's.
 
         Args:
-            factors: ``"A"`` (rank, in, …) and ``"B"`` (out, rank, …).
-            kind: the module's kind, see model/adapter.py.
-            base: the base weight as stored.
+            factors: ``"A"`` (rank, in, …) and ``"B"`` (out, rank, …); ``"bias"`` (out,) for a bias.
+            kind: the module's kind, see model/adapter.py; ``"bias"`` for its bias.
+            base: the base weight or bias as stored.
             module: the module's path, for the message.
         """
+        if kind == "bias":
+            return _check_bias(factors["bias"], base, module)
         a, b = factors["A"], factors["B"]
         expected = product_shape(a.shape, b.shape, kind)
         if expected == base.shape:
@@ -84,18 +87,26 @@ class LoRA:
             ),
         )
 
+    def bias_roles(
+        self,
+        factors: Mapping[str, TensorSpec],
+        kind: str,  # noqa: ARG002 - the same for every kind
+    ) -> tuple[str, ...]:
+        """Returns the roles of the factors that change the module's bias."""
+        return ("bias",) if "bias" in factors else ()
+
     def delta(self, factors: Mapping[str, Tensor], weight: Weight) -> LowRankTerm:
         """Returns the delta s·B·A of a weight, or s·b of a bias, as a product in the stored layout.
 
         Shapes: A (rank, in, …) and B (out, rank, …) give (out, in·…); for ``conv1d`` and ``embedding``,
-        which are stored transposed, (in, out). A factor ``"bias"`` (out,) alone gives (out, 1).
+        which are stored transposed, (in, out). For a bias, ``"bias"`` (out,) gives (out, 1).
         Dtype:  any float in; float64 factors out.
         Memory: 8 bytes per value of the factors.
         """
         from adapterhub_tools.linalg.low_rank import LowRankTerm
 
         exact = all(tensor.element_size() <= 4 for tensor in factors.values())
-        if "bias" in factors and "B" not in factors:
+        if weight.kind == "bias":
             left = factors["bias"].double().reshape(-1, 1)
             right = left.new_ones(1, 1)
         else:
@@ -110,6 +121,20 @@ class LoRA:
             row=weight.row,
             column=weight.column,
         )
+
+
+def _check_bias(bias: TensorSpec, base: TensorSpec, module: str) -> tuple[Problem, ...]:
+    if bias.shape == base.shape:
+        return ()
+    return (
+        Problem(
+            kind="bias",
+            loc=module,
+            message=f"the adapter adds {list(bias.shape)} to a bias, but {base.name} of the base is "
+            f"{list(base.shape)}.",
+            remedy="Use the base that the adapter was trained on.",
+        ),
+    )
 
 
 IMPLEMENTATION = LoRA

@@ -50,6 +50,7 @@ class ReceiptAdapter:
         scale: the caller's multiplier.
         targets: how many modules it changed.
         full: how many tensors it carried in full.
+        guarantee: ``"exact"`` or ``"tolerance"``, its method's.
     """
 
     digest: str
@@ -57,6 +58,7 @@ class ReceiptAdapter:
     scale: float
     targets: int
     full: int
+    guarantee: str = "exact"
 
     def to_json(self) -> dict[str, Any]:
         """Returns every field."""
@@ -95,7 +97,7 @@ class Receipt:
         base: the base.
         adapters: the adapters, in the order given.
         options: what was asked that changes the result.
-        guarantee: ``"exact"`` or ``"tolerance"``.
+        guarantee: ``"exact"`` if every adapter's is, else ``"tolerance"``.
         digest: the content digest of the written checkpoint.
         config_digest: of the written config; None where there is none.
         files: weight file -> size in bytes.

@@ -18,12 +18,18 @@ from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.plan import Placement
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
+from adapterhub_tools.ops.module_kinds import (
+    bias_factors,
+    check_bias,
+    decide_kind,
+    method_of,
+    unknown_layout,
+)
 from adapterhub_tools.ops.name_rules import NameRule, choose_rule
 from adapterhub_tools.ops.tied import Tie, find_tie, may_be_tied
 from adapterhub_tools.store.checkpoint import Checkpoint
 
 _SHOWN = 10
-_ONE_D_KINDS = ("linear", "conv1d", "unknown")
 _UNSUPPORTED = ("quantised-base", "tied-unsupported", "unknown-layout")
 
 
@@ -140,12 +146,11 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         placements[module.path] = Placement(
             base_tensor=name, transposed=fitted.kind in ("conv1d", "embedding")
         )
-        if "bias" in module.factors:
-            _fit_bias(module, name.removesuffix("weight") + "bias", checkpoint, biases, problems)
+        _fit_bias(fitted, name.removesuffix("weight") + "bias", checkpoint, biases, problems)
     if tie is None and may_be_tied(checkpoint, architecture):
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
     if architecture is None:
-        problems.extend(_unknown_layout(modules))
+        problems.extend(unknown_layout(modules))
     _check_coverage(adapter, checkpoint, rule, problems, notes)
     return Fit(
         modules=tuple(modules),
@@ -174,14 +179,12 @@ def _fit_module(
     carries.
     """
     base = checkpoint.tensors[source].spec
-    kind = module.kind
-    if kind in _ONE_D_KINDS and "A" in module.factors and "B" in module.factors:
-        kind = _linear_or_conv1d(module, start.shape, architecture)
-        if kind != module.kind and module.kind != "unknown":
-            said = module.kind == "conv1d"
-            note = f"fan_in_fan_out is {said} in the config, but the base stores {kind} weights"
-            if note not in notes:
-                notes.append(note)
+    kind = decide_kind(module, start, architecture)
+    if kind != module.kind and module.kind != "unknown":
+        said = module.kind == "conv1d"
+        note = f"fan_in_fan_out is {said} in the config, but the base stores {kind} weights"
+        if note not in notes:
+            notes.append(note)
     if base.dtype not in FLOAT_DTYPES:
         problems.append(
             Problem(
@@ -192,59 +195,22 @@ def _fit_module(
                 remedy="Give the 16- or 32-bit base that it was made from.",
             )
         )
-    elif module.method in registry.names("methods"):
-        method = registry.load("methods", module.method).IMPLEMENTATION.from_hparams(module.hparams)
+    elif (method := method_of(module)) is not None:
         problems.extend(method.check(module.factors, kind, start, module.path))
     return replace(module, kind=kind, base_shape=start.shape)
-
-
-def _linear_or_conv1d(module: TargetModule, shape: tuple[int, ...], architecture: Architecture | None) -> str:
-    """The architecture's table decides; where it has none, the shape; where that is square, the config."""
-    if architecture is not None:
-        return "conv1d" if architecture.is_conv1d(module.path) else "linear"
-    linear = (module.factors["B"].shape[0], module.factors["A"].shape[-1])
-    if linear[0] == linear[1] or shape not in (linear, linear[::-1]):
-        return "linear" if module.kind == "unknown" else module.kind
-    return "linear" if shape == linear else "conv1d"
-
-
-def _unknown_layout(modules: Iterable[TargetModule]) -> list[Problem]:
-    """Refuses square weights whose layout only the config tells, where other shapes show it to be mixed.
-
-    PEFT keeps one ``fan_in_fan_out`` for the adapter: the one that the last module needed.
-    """
-    flat = [m for m in modules if m.kind in ("linear", "conv1d") and {"A", "B"} <= set(m.factors)]
-    square = [m for m in flat if m.factors["B"].shape[0] == m.factors["A"].shape[-1]]
-    shown = {m.kind for m in flat if m.factors["B"].shape[0] != m.factors["A"].shape[-1]}
-    return [
-        Problem(
-            kind="unknown-layout",
-            loc=module.path,
-            message="its weight is square, so its shape does not tell whether it is stored as (out, in) or "
-            "(in, out); other modules of the adapter are stored in the other way than the config says.",
-            remedy="Merge it with PEFT (merge_and_unload), which knows the layer's class.",
-        )
-        for module in square
-        if shown - {module.kind}
-    ]
 
 
 def _fit_bias(
     module: TargetModule, name: str, checkpoint: Checkpoint, biases: dict[str, str], problems: list[Problem]
 ) -> None:
-    spec = module.factors["bias"]
-    if name in checkpoint.tensors and checkpoint.tensors[name].spec.shape == spec.shape:
-        biases[module.path] = name
+    factors = bias_factors(module)
+    if not factors:
         return
-    found = "none" if name not in checkpoint.tensors else str(list(checkpoint.tensors[name].spec.shape))
-    problems.append(
-        Problem(
-            kind="bias",
-            loc=module.path,
-            message=f"the adapter adds {list(spec.shape)} to a bias; for {name} the base has {found}.",
-            remedy="Only a base whose layers have biases can take an adapter with lora_bias.",
-        )
-    )
+    stored = checkpoint.tensors.get(name)
+    found, there = check_bias(module, name, None if stored is None else stored.spec, factors)
+    problems.extend(found)
+    if there:
+        biases[module.path] = name
 
 
 def _fit_full(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adapterhub_tools import registry
 from adapterhub_tools.errors import escape
 
 Blocker = tuple[str, str, str]
@@ -48,12 +49,18 @@ def blockers(config: Mapping[str, Any], *, method: str) -> list[Blocker]:
                 "Build the larger base first (for example a passthrough merge), then name it as the base.",
             )
         )
-    if method != "lora":
-        found.append(("method", f'merging the method "{method}" is not available yet.', _METHOD_REMEDY))
+    found.extend(method_blockers(method))
     for name, why in _VARIANTS.items():
         if config.get(name):
             found.append((why[0], why[1], why[2]))
     return found
+
+
+def method_blockers(method: str) -> list[Blocker]:
+    """Returns a blocker if ``methods/`` has no method of this name."""
+    if method in registry.names("methods"):
+        return []
+    return [("method", f'merging the method "{method}" is not available yet.', _METHOD_REMEDY)]
 
 
 _VARIANTS: dict[str, Blocker] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adapterhub_tools.dialects._peft.blockers import Blocker
+from adapterhub_tools import registry
+from adapterhub_tools.dialects._peft.blockers import Blocker, method_blockers
 from adapterhub_tools.dialects._peft.config import PeftType
 from adapterhub_tools.dialects._peft.keys import Factors
+from adapterhub_tools.dialects._peft.module_settings import of_modules
 from adapterhub_tools.errors import Problem
 from adapterhub_tools.model.adapter import FullTensor, TargetModule
 from adapterhub_tools.model.tensor import TensorSpec
@@ -15,43 +17,51 @@ from adapterhub_tools.model.tensor import TensorSpec
 WHOLE_MODEL = "*"
 """The path of factors that belong to no single module: shared bases, prompts, routers."""
 
-_FIELD_NAMES = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "psoft_alpha": "alpha",
-    "randlora_alpha": "alpha",
-    "shadow_alpha": "alpha",
-    "scaling": "scale",
-}
-"""Config field -> hyperparameter; ``scaling`` is the name of a rule in this package."""
+_EMBEDDING = "embedding_"
+"""How the roles of an embedding's factors begin."""
 
 
-def hyperparameters(config: Mapping[str, Any], kind: PeftType) -> dict[str, Any]:
-    """Returns the config fields that enter the maths of this type; a rank of 0 is none (OFT)."""
-    found = {
-        _FIELD_NAMES.get(name, name): config[name] for name in kind.maths if config.get(name) is not None
-    }
-    if found.get("rank") == 0:
-        del found["rank"]
-    return found
+def build(
+    factors: Factors, config: Mapping[str, Any], kind: PeftType, *, file: str, config_file: str
+) -> tuple[list[TargetModule], list[Problem]]:
+    """Makes target modules of the factors: path, roles and the module's own hyperparameters.
 
-
-def build(factors: Factors, config: Mapping[str, Any], kind: PeftType) -> list[TargetModule]:
-    """Makes target modules of the factors: path, roles and the hyperparameters of the whole adapter.
-
-    Patterns are not resolved: how they apply is the method's business, which this package may not have.
+    Args:
+        factors: module path -> role -> tensor.
+        config: the adapter's config.
+        kind: its type.
+        file: the tensors' file, for messages.
+        config_file: the config file, for messages.
     """
-    hparams = hyperparameters(config, kind)
-    return [
+    paths = sorted(factors)
+    settings, problems = of_modules(config, kind, paths, file=config_file)
+    modules = [
         TargetModule(
             path=path or WHOLE_MODEL,
             method=kind.method,
-            kind="unknown",
-            hparams=dict(hparams),
-            factors=dict(sorted(f.items())),
+            kind="embedding" if any(role.startswith(_EMBEDDING) for role in factors[path]) else "unknown",
+            hparams=hparams,
+            factors={role.removeprefix(_EMBEDDING): spec for role, spec in sorted(factors[path].items())},
         )
-        for path, f in sorted(factors.items())
+        for path, hparams in zip(paths, settings, strict=True)
     ]
+    if kind.method in registry.names("methods"):
+        problems.extend(_damaged(factors, file))
+    return modules, problems
+
+
+def _damaged(factors: Factors, file: str) -> Iterator[Problem]:
+    """Yields the factors that hold nothing: a sharded save left them empty."""
+    for roles in factors.values():
+        for role, spec in roles.items():
+            if 0 in spec.shape and role not in ("A", "B", "E"):
+                yield Problem(
+                    kind="shape",
+                    message=f"factor {role} has shape {list(spec.shape)}; a sharded save left it incomplete.",
+                    file=file,
+                    loc=spec.name,
+                    remedy="Gather the shards (DeepSpeed ZeRO-3, FSDP) before saving, and save again.",
+                )
 
 
 def token_rows(
@@ -82,6 +92,4 @@ def blockers(kind: PeftType) -> list[Blocker]:
     """Returns why an adapter of this type cannot be merged by this version."""
     if kind.merge == "none":
         return [("unmergeable", f"{kind.name}: {kind.reason}", "Load it as an adapter with PEFT.")]
-    message = f'merging the method "{kind.method}" is not available yet.'
-    remedy = "Merge it with PEFT (merge_and_unload), or use a version of adaptertool that lists this method."
-    return [("method", message, remedy)]
+    return method_blockers(kind.method)
