@@ -7,11 +7,10 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_tools import registry
+from adapterhub_tools import __version__, registry
 from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.manifest import MANIFEST_NAME, HistoryEntry, HistoryInput, Manifest
@@ -136,7 +135,7 @@ def history_entry(
     return HistoryEntry(
         operation=operation,
         tool="adaptertool",
-        tool_version=version("adaptertool"),
+        tool_version=__version__,
         inputs=tuple(inputs),
         options={name: value for name, value in options.items() if value is not None},
         figures=dict(figures),

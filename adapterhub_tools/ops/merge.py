@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools import registry
+from adapterhub_tools import __version__, registry
 from adapterhub_tools.errors import (
     FormatError,
     MismatchError,
@@ -277,7 +276,7 @@ def _write(
     if checkpoint.index_file is not None:
         staged.write_bytes(checkpoint.index_file, index_text(checkpoint, planned.plan))
     receipt = Receipt(
-        tool_version=version("adaptertool"),
+        tool_version=__version__,
         base=base,
         adapters=tuple(
             ReceiptAdapter(
