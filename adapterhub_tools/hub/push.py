@@ -22,8 +22,16 @@ from adapterhub_tools.model.manifest import MANIFEST_NAME, Manifest
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.store.strict_json import parse_json
 
-_UNCERTAIN = ("connection-lost", "stalled", "unreachable", "server-error", "conflict", "bad-answer")
-"""Kinds of error after which a commit may have happened all the same."""
+_UNCERTAIN = (
+    "connection-lost",
+    "stalled",
+    "unreachable",
+    "server-error",
+    "rate-limited",
+    "conflict",
+    "bad-answer",
+)
+"""Kinds of error after which a commit may have happened all the same, or may be tried again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +165,8 @@ def push_to_hub(
             "revision", "the revision is given twice.", loc="--revision", remedy="Give it once."
         )
     branch = check_revision(revision or reference.revision or DEFAULT_BRANCH)
+    if tag is not None:
+        check_revision(tag)
     if "/" not in reference.id:
         raise FormatError.of("reference", f"{escape(reference.id)} has no owner.", remedy="Write owner/name.")
     with open_package(adapter, include=include, write=not dry_run) as package:
@@ -181,11 +191,13 @@ def push_to_hub(
         if dry_run:
             return report
         changed = [file for file in files if _change(file, tree) != "same"]
+        if tag is not None and before is not None:
+            # A tag that is taken is refused before anything is sent.
+            target.repository.check_tag(tag, "" if changed or deleted else before.id)
         if changed or deleted:
             answer = _send(target, before, changed, deleted, message, progress or SilentProgress())
             report = replace(report, commit=answer.id, created_commit=True, pull_request=answer.pull_request)
     if tag is not None and report.commit is not None:
-        check_revision(tag)
         target.repository.create_tag(tag, report.commit)
         report = replace(report, tag=tag)
     return report
@@ -337,7 +349,9 @@ def _send(
                 return found
             if problem.kind in ("conflict", "bad-answer"):
                 raise
-            raise TransientError(problem) from error
+            cause = error.__cause__
+            wait = cause.wait_seconds if isinstance(cause, TransientError) else None
+            raise TransientError(problem, wait_seconds=wait) from error
 
     answer = patiently(attempt, patience, patience.deadline())
     progress.finish()

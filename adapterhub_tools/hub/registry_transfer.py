@@ -16,7 +16,7 @@ from adapterhub_tools.hub.push import PushedFile, PushReport
 from adapterhub_tools.hub.reference import RegistryReference, check_tag
 from adapterhub_tools.hub.selection import CARD_NAME
 from adapterhub_tools.hub.trees import ContentCheck, RemoteFile
-from adapterhub_tools.hub.versions import Registry
+from adapterhub_tools.hub.versions import Registry, tag_exists
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 
 _TRIES_FOR_CONTENT = 2
@@ -144,6 +144,10 @@ def push_to_registry(
         )
         if dry_run:
             return report
+        changed = any(row.change != "same" for row in rows)
+        named = registry.tags(reference.name).get(tag) if tag is not None else None
+        if tag is not None and named is not None and (changed or before is None or named != before.id):
+            raise tag_exists(reference.name, tag)  # before anything is sent
         progress.start("pushing", sum(file.size for file in files))
         version, made = registry.publish(
             reference.name,

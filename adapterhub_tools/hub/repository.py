@@ -167,23 +167,30 @@ class Repository:
             path, {"startingPoint": commit}, f"making the branch {escape(branch)}", accept=(200, 201, 409)
         )
 
-    def create_tag(self, tag: str, commit: str) -> bool:
-        """Makes a tag at a commit; returns False if it was there.
+    def check_tag(self, tag: str, commit: str) -> bool:
+        """Returns whether a tag names a commit already; False if there is no such tag.
 
         Raises:
-            HubError: it names another commit already, or may not be made.
+            HubError: it names another commit.
         """
-        before = self.tags().get(tag)
-        if before is not None and before != commit:
+        named = self.tags().get(tag)
+        if named is not None and named != commit:
             raise HubError.of(
                 "tag-exists",
-                f"the tag {escape(tag)!r} of {self._shown} names {before} already.",
+                f"the tag {escape(tag)!r} of {self._shown} names {named} already.",
                 remedy="Choose another tag, or delete that one on the server first.",
             )
-        if before is None:
+        return named is not None
+
+    def create_tag(self, tag: str, commit: str) -> None:
+        """Makes a tag at a commit; one that names it already stays.
+
+        Raises:
+            HubError: it names another commit, or may not be made.
+        """
+        if not self.check_tag(tag, commit):
             path = f"{self._api}/tag/{quote(commit, safe='')}"
             self._post(path, {"tag": tag}, f"making the tag {escape(tag)}", accept=(200, 201, 409))
-        return before is None
 
     def _post(self, path: str, body: dict[str, Any], what: str, *, accept: tuple[int, ...]) -> Any:
         data = json.dumps(body).encode()

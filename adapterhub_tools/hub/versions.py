@@ -287,11 +287,7 @@ class Registry:
         """
         data = canonical_json({"version": version.id, "number": version.number}).encode()
         if not self.objects.create(_tag_key(name, tag), data):
-            raise HubError.of(
-                "tag-exists",
-                f"the tag {escape(tag)!r} of {escape(name)} names another version already.",
-                remedy="Choose another tag.",
-            )
+            raise tag_exists(name, tag)
 
     def _tagged(self, name: str, tag: str) -> tuple[str, int]:
         key = _tag_key(name, tag)
@@ -304,6 +300,15 @@ class Registry:
         if not isinstance(id, str) or not isinstance(number, int) or not 0 < number < 10**8:
             raise _broken(key, "it names no version")
         return id, number
+
+
+def tag_exists(name: str, tag: str) -> HubError:
+    """Returns the error for a tag that names another version."""
+    return HubError.of(
+        "tag-exists",
+        f"the tag {escape(tag)!r} of {escape(name)} names another version already.",
+        remedy="Choose another tag.",
+    )
 
 
 def _parse(data: bytes, key: str, number: int) -> Version:
