@@ -1,24 +1,29 @@
-"""``adaptertool validate``: checks an adapter and how it fits a base."""
+"""``adaptertool validate``: checks adapters and how they fit a base."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adapterhub_tools import api
+from adapterhub_tools import __version__, api
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
+from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, EXIT_OK, EXIT_PROBLEMS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from adapterhub_tools.ops.validation_report import ValidationReport
 
 
 @click.command(
     "validate", cls=ToolCommand, example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct"
 )
-@click.argument("adapter", type=click.Path())
+@click.argument("adapter", type=click.Path(), nargs=-1, required=True)
 @click.option("--base", type=click.Path(), help="The base that it must fit.")
 @click.option(
     "--check-base",
@@ -31,38 +36,81 @@ if TYPE_CHECKING:
     "--accept-embeddings", is_flag=True, help="Accept saved embeddings that the config does not mention."
 )
 @click.option("--cache/--no-cache", default=True, help="Use the digest cache for the base.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "junit", "sarif"]),
+    default="text",
+    show_default=True,
+    help="The form of the report: for people, programs, test reports or code scanning.",
+)
 @standard_options
 def command(
-    adapter: str,
+    adapter: tuple[str, ...],
     base: str | None,
     check_base: str,
     accept_embeddings: bool,
     cache: bool,
+    form: str,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Check ADAPTER: manifest, config, tensors, values, files, and how it fits a base.
+    """Check each ADAPTER: manifest, config, tensors, values, files, and how it fits a base.
 
-    Every problem is listed, not only the first. Exit code 0: passed; 1: problems; 10: could not check.
+    A file of an adapter stands for its folder, so that a hook can pass the files that changed. Every problem
+    is listed, not only the first. Exit code 0: passed; 1: problems; 10: could not check.
     """
-    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    report = api.validate(
-        adapter,
-        base=base,
-        check_base=check_base,
-        accept_embeddings=accept_embeddings,
-        cache=cache,
-        progress=progress_for(output),
-    )
-    if as_json:
-        output.json("validate", report.to_json())
+    form = "json" if as_json else form
+    output = Output(as_json=form != "text", quiet=quiet, verbose=verbose)
+    reports = [
+        api.validate(
+            item,
+            base=base,
+            check_base=check_base,
+            accept_embeddings=accept_embeddings,
+            cache=cache,
+            progress=progress_for(output),
+        )
+        for item in _folders(adapter)
+    ]
+    if form == "text":
+        for report in reports:
+            _show(report, output)
+    elif form == "json":
+        found = [report.to_json() for report in reports]
+        output.json("validate", found[0] if len(found) == 1 else {"adapters": found})
     else:
-        output.problems([*report.problems, *report.unchecked])
-        if verbose:
-            output.notes(f"not checked: {name}: {reason}" for name, reason in report.skipped.items())
-        output.line(_summary(report))
-    click.get_current_context().exit(report.exit_code)
+        from adapterhub_tools.ops import report_formats
+
+        if form == "junit":
+            click.echo(report_formats.to_junit(reports))
+        else:
+            click.echo(json.dumps(report_formats.to_sarif(reports, __version__), indent=2))
+    click.get_current_context().exit(_exit_code(reports))
+
+
+def _folders(given: Iterable[str]) -> list[str]:
+    """Returns what is to be checked: each folder once, named by itself or by a file in it."""
+    found: dict[str, None] = {}
+    for item in given:
+        path = Path(item)
+        inside = "://" not in item and path.suffix != ".safetensors" and path.is_file()
+        inside = inside or path.name == "adapter_model.safetensors"
+        found[str(path.parent) if inside else item] = None
+    return list(found)
+
+
+def _exit_code(reports: Sequence[ValidationReport]) -> int:
+    codes = {report.exit_code for report in reports}
+    return next((code for code in (EXIT_PROBLEMS, EXIT_COULD_NOT_CHECK) if code in codes), EXIT_OK)
+
+
+def _show(report: ValidationReport, output: Output) -> None:
+    output.problems([*report.problems, *report.unchecked])
+    if output.verbose:
+        output.notes(f"not checked: {name}: {reason}" for name, reason in report.skipped.items())
+    output.line(_summary(report))
 
 
 def _summary(report: ValidationReport) -> str:

@@ -22,6 +22,7 @@ OTHER_NAME = {
 # Options of commands that no function has, with the reason.
 ONLY_ON_THE_COMMAND_LINE = {
     "help": "the docstring is the help of a function",
+    "format": "a function returns objects, each with to_json()",
     "json": "a function returns objects, each with to_json()",
     "quiet": "how much is printed; functions print nothing",
     "verbose": "how much is printed; functions print nothing",
