@@ -113,6 +113,7 @@ class Store:
         for name in ("blobs", "uploads"):
             (data / name).mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(data / "hub.sqlite", isolation_level=None)
+        self.db.execute("PRAGMA synchronous = OFF")  # to survive a killed process needs no flush to the disk
         self.db.executescript(SCHEMA)
         self.lfs_bytes = 10 * 1024 * 1024
         self.page_size = 50
