@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ class Case:
     """
 
     build: Builder
-    config: Callable[[], LoraConfig]
+    config: Callable[[], PeftConfig]
     prepare: Callable[[Any], None] | None = None
     load_as: type[PreTrainedModel] | None = None
     load: dict[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TrainableTokensConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -140,6 +140,17 @@ UNTIED_BASE = {
 @pytest.mark.parametrize("name", UNTIED_BASE)
 def test_embeddings_of_an_untied_base(name: str, tmp_path: Path) -> None:
     check_parity(UNTIED_BASE[name], tmp_path)
+
+
+@pytest.mark.parametrize("pair_is_tied", [False, True])
+def test_an_adapter_of_token_rows_alone(pair_is_tied: bool, tmp_path: Path) -> None:
+    """The type TRAINABLE_TOKENS replaces rows without any factors."""
+    rows = Case(
+        build=lambda: models.llama(tied=pair_is_tied),
+        config=lambda: TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=ROWS),
+    )
+    _, out = check_parity(rows, tmp_path, reference_is_right=not pair_is_tied)
+    assert tied_in_config(out) is pair_is_tied
 
 
 GROWN = 104

@@ -136,7 +136,6 @@ OTHER_TYPES = {
     "RANDLORA": {},
     "ROAD": {"group_size": 8},
     "SHIRA": {"r": 4},
-    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 2]},
     "VBLORA": {"vector_length": 8, "num_vectors": 16, "r": 2},
     "VERA": {},
     "WAVEFT": {"n_frequency": 10},
