@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterhub_tools.model.version import VERSION
+
 if TYPE_CHECKING:
     from adapterhub_tools.api import (
         adapter_digest,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         merge,
         pull,
         push,
+        svd_shrink,
         validate,
     )
     from adapterhub_tools.errors import (
@@ -50,9 +53,10 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.init import InitReport
     from adapterhub_tools.ops.inspect import AdapterReport
     from adapterhub_tools.ops.merge import MergeReport
+    from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
     from adapterhub_tools.ops.validation_report import ValidationReport
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "api": (
@@ -65,6 +69,7 @@ _HOMES = {
         "merge",
         "pull",
         "push",
+        "svd_shrink",
         "validate",
     ),
     "errors": (
@@ -92,6 +97,7 @@ _HOMES = {
     "ops.base_report": ("BaseReport",),
     "ops.inspect": ("AdapterReport",),
     "ops.merge": ("MergeReport",),
+    "ops.shrink_report": ("LowRankReport", "ModuleReport"),
     "ops.validation_report": ("ValidationReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -113,9 +119,11 @@ __all__ = [
     "IntegrityError",
     "ListReport",
     "LossyError",
+    "LowRankReport",
     "Manifest",
     "MergeReport",
     "MismatchError",
+    "ModuleReport",
     "Problem",
     "Progress",
     "PullReport",
@@ -137,6 +145,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "svd_shrink",
     "validate",
 ]
 

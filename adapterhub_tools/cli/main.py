@@ -7,7 +7,7 @@ from typing import cast
 
 import click
 
-from adapterhub_tools import __version__
+from adapterhub_tools.model.version import VERSION
 
 COMMANDS = {
     "inspect": "Say what an adapter or a base is.",
@@ -15,6 +15,7 @@ COMMANDS = {
     "init": "Write the manifest of an adapter.",
     "hash": "Print the content digest of a base.",
     "merge": "Merge adapters into a base, exactly.",
+    "svd-shrink": "Lower the ranks of an adapter.",
     "push": "Publish an adapter on the Hub or in a registry.",
     "pull": "Bring an adapter from the Hub or a registry, verified.",
     "list": "Say what a registry holds, or the versions of an adapter.",
@@ -43,7 +44,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="adaptertool")
+@click.version_option(VERSION, prog_name="adaptertool")
 def cli() -> None:
     """Inspect, validate, hash and merge parameter-efficient adapters, on the files alone.
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_tools import __version__, registry
+from adapterhub_tools import registry
 from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.manifest import MANIFEST_NAME, HistoryEntry, HistoryInput, Manifest
+from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 from adapterhub_tools.ops.manifest_file import record_files
@@ -135,7 +136,7 @@ def history_entry(
     return HistoryEntry(
         operation=operation,
         tool="adaptertool",
-        tool_version=__version__,
+        tool_version=VERSION,
         inputs=tuple(inputs),
         options={name: value for name, value in options.items() if value is not None},
         figures=dict(figures),

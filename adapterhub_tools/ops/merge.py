@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools import __version__, registry
+from adapterhub_tools import registry
 from adapterhub_tools.errors import (
     FormatError,
     MismatchError,
@@ -22,6 +22,7 @@ from adapterhub_tools.errors import (
 from adapterhub_tools.model.canonical import canonical_json
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter, ReceiptTensor
+from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.merge_base_check import (
@@ -276,7 +277,7 @@ def _write(
     if checkpoint.index_file is not None:
         staged.write_bytes(checkpoint.index_file, index_text(checkpoint, planned.plan))
     receipt = Receipt(
-        tool_version=__version__,
+        tool_version=VERSION,
         base=base,
         adapters=tuple(
             ReceiptAdapter(
