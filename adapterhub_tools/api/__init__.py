@@ -12,6 +12,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.api.exchange import list_adapters, pull, push
+from adapterhub_tools.api.low_rank import svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "svd_shrink",
     "validate",
 ]
 

@@ -1,0 +1,95 @@
+"""The low-rank algebra of the Python face: shrink, convert and extract adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from adapterhub_tools.api.paths import Reference, local_path, optional_path
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.protocols import Progress
+    from adapterhub_tools.ops.shrink_report import LowRankReport
+
+
+def svd_shrink(
+    adapter: Reference,
+    out: Reference | None,
+    *,
+    rank: int | str | Sequence[int | str] | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: str | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    refit: Reference | None = None,
+    dtype: str | None = None,
+    plot: Reference | None = None,
+    replace: bool = False,
+    allow_replace_gap: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> LowRankReport:
+    """Shrinks a LoRA or DoRA adapter to lower ranks; exactly one policy chooses them.
+
+    Args:
+        adapter: the adapter's folder or ``.safetensors`` file.
+        out: the folder to write; None only with ``dry_run``.
+        rank: one rank for all modules, ``"PATTERN=RANK"`` for those whose path ends in a pattern, or several.
+        energy: the share of the squared singular values that each module keeps.
+        max_error: the relative error that each module may have, in the Frobenius norm.
+        budget: the size of the whole adapter, ``"2M"`` parameters or ``"8MiB"``; or ``"50%"`` of its factors.
+        sv_ratio: singular values above the largest over this are kept.
+        sv_cumulative: the share of the sum of singular values that each module keeps.
+        sv_fro: the share of the Frobenius norm that each module keeps.
+        refit: a base, on which DoRA's magnitudes are computed anew.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the factors; None keeps
+            theirs.
+        plot: a picture of the spectra, ``.png`` or ``.svg``.
+        replace: whether an existing folder may be replaced.
+        allow_replace_gap: whether that may leave a moment without a folder.
+        threads: the number of workers; None chooses.
+        dry_run: whether to compute and report without writing.
+        progress: told how far it is.
+
+    Raises:
+        FormatError: the adapter is broken, or holds NaN or infinities.
+        UnsupportedError: it is neither LoRA nor DoRA; convert it first.
+        MismatchError: no policy, or one that does not fit the adapter.
+        StoreError: could not read or write; the destination is untouched.
+    """
+    from adapterhub_tools.ops import shrink as op
+    from adapterhub_tools.ops.rank_policy import RankPolicy
+    from adapterhub_tools.ops.shrink_options import ShrinkOptions
+
+    choices: dict[str, object] = {
+        "rank": rank if isinstance(rank, int | str) or rank is None else list(rank),
+        "energy": energy,
+        "max_error": max_error,
+        "budget": budget,
+        "sv_ratio": sv_ratio,
+        "sv_cumulative": sv_cumulative,
+        "sv_fro": sv_fro,
+    }
+    options = ShrinkOptions(
+        policy=RankPolicy.of(
+            rank=rank,
+            energy=energy,
+            max_error=max_error,
+            budget=budget,
+            sv_ratio=sv_ratio,
+            sv_cumulative=sv_cumulative,
+            sv_fro=sv_fro,
+        ),
+        policy_options=choices,
+        refit=optional_path(refit),
+        dtype=dtype,
+        plot=optional_path(plot),
+        replace=replace,
+        allow_replace_gap=allow_replace_gap,
+        threads=threads,
+        dry_run=dry_run,
+    )
+    return op.svd_shrink(local_path(adapter), optional_path(out), options, progress)
