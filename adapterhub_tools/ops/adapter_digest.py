@@ -106,7 +106,8 @@ def _stored(adapter: Adapter) -> Iterator[tuple[TensorSpec, str]]:
                 raise FormatError.of("role", f"{role!r} cannot be a factor's role.", loc=module.path)
             yield spec, f"{_place(module)}/{role}"
     for full in adapter.full:
-        yield full.tensor, f"full/{full.target}"
+        # Rows may be trained on top of a tensor that is carried whole (a resized embedding).
+        yield full.tensor, f"full/{full.target}" + ("" if full.rows is None else "/values")
 
 
 def _derived(adapter: Adapter) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:

@@ -195,14 +195,7 @@ RESIZED = {
 }
 
 
-NEW_ROWS = [name for name in RESIZED if "new rows" in name]
-ONE_PLACE = pytest.mark.xfail(
-    raises=FormatError,
-    reason="the adapter digest gives an embedding carried whole and its trained rows one place",
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=ONE_PLACE) if n in NEW_ROWS else n for n in RESIZED])
+@pytest.mark.parametrize("name", RESIZED)
 def test_a_resized_vocabulary(name: str, tmp_path: Path) -> None:
     resized_case = RESIZED[name]
     report, out = check_parity(resized_case, tmp_path, reference_is_right=False)

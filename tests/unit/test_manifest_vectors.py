@@ -143,7 +143,7 @@ def test_adapter_digest(example: dict[str, Any]) -> None:
     data = {name: data for name, _, _, data, _ in rows}
     assert set(data) == {
         *(f"module/{module['path']}/{part}" for part in ("A", "B", "scaling", "method")),
-        f"full/{full['target']}",
+        f"full/{full['target']}/values",
         f"full/{full['target']}/rows",
     }
     assert data[f"module/{module['path']}/scaling"] == scaling
