@@ -156,9 +156,9 @@ def pull(
     manifest = _manifest(snapshot, names, small)
     taken, left = _by_manifest(selected.taken, selected.left, manifest, include)
     files = [names[name] for name in taken]
-    _check_is_adapter(snapshot, taken, names)
     expected = {record.path: record for record in manifest.files} if manifest else {}
     notes = list(_promised(expected, names, taken))
+    _check_is_adapter(snapshot, taken, names)
     chain = follow(snapshot, manifest, _config(snapshot, names, small)) if follow_chain else ()
     report = PullReport(
         ref=snapshot.reference,

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from adapterhub_tools.errors import HubError, Problem, StoreError, escape
+from adapterhub_tools.errors import HubError, IntegrityError, Problem, StoreError, escape
 from adapterhub_tools.hub.download import check_headers, require_partial
 from adapterhub_tools.hub.patience import Deadline, TransientError, patiently
 from adapterhub_tools.hub.repository import Repository
@@ -156,13 +156,15 @@ class RangeSource:
 
 
 class StreamedSource(RangeSource):
-    """A file that is read once from front to back, by range requests that run ahead.
+    """A file that is read from front to back, by range requests that run ahead.
 
     Windows of WINDOW_BYTES are fetched ahead by the threads of a pool and hashed in their order.
     ``check_unchanged``, which a run calls before its output becomes visible, fetches what was left out and
-    compares the digest of the whole file with the one the commit names.
+    compares the digest of the whole file with the one the commit names. The header, which was read before,
+    and windows that are fetched once more have to be the same bytes. One object serves all readers of a file,
+    one after another.
 
-    Memory: WINDOWS_AHEAD + 1 windows while it is being read, and one after that.
+    Memory: WINDOWS_AHEAD + 1 windows while it is being read.
     """
 
     def __init__(
@@ -171,9 +173,10 @@ class StreamedSource(RangeSource):
         super().__init__(repository, commit, file, name=name)
         self._pool = pool
         self._windows: dict[int, Future[bytes]] = {}
+        self._current: tuple[int, bytes] = (-1, b"")
         self._count = -(-file.size // WINDOW_BYTES)
-        self._hashed = 0
         self._check = ContentCheck(file)
+        self._digests: list[bytes] = []
         self._in_order = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> None:
@@ -181,22 +184,19 @@ class StreamedSource(RangeSource):
 
         Raises:
             HubError: the bytes cannot be had.
+            IntegrityError: they are not the ones that were read before.
         """
         done = 0
         while done < len(view):
             index, within = divmod(offset + done, WINDOW_BYTES)
+            if index >= self._count:
+                raise StoreError.of("read-past-end", "there are no bytes so far back.", file=self._name)
             window = self._window(index)
             piece = memoryview(window)[within : within + len(view) - done]
             if not piece:
                 raise StoreError.of("read-past-end", "there are no bytes so far back.", file=self._name)
             view[done : done + len(piece)] = piece
             done += len(piece)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Returns exactly ``length`` bytes from ``offset``."""
-        buffer = bytearray(length)
-        self.read_into(memoryview(buffer), offset)
-        return bytes(buffer)
 
     def check_unchanged(self) -> None:
         """Compares the whole content with the commit.
@@ -205,35 +205,61 @@ class StreamedSource(RangeSource):
             IntegrityError: it is other content.
             HubError: the rest of it cannot be had.
         """
-        while self._hashed < self._count:
-            self._window(self._hashed)
+        while len(self._digests) < self._count:
+            self._window(len(self._digests))
         self._check.raise_if_other()
 
     def close(self) -> None:
         """Gives up what was fetched ahead."""
-        for window in self._windows.values():
-            window.cancel()
-        self._windows.clear()
+        with self._in_order:
+            for window in self._windows.values():
+                window.cancel()
+            self._windows.clear()
+            self._current = (-1, b"")
 
     def _window(self, index: int) -> bytes:
         """Returns a window, begins the ones after it, and forgets the ones before."""
         with self._in_order:
-            # What lies before the first window asked for is hashed too, once, in its order.
-            for number in range(self._hashed, index):
+            # What was left out before it is hashed too, once, in its order.
+            for number in range(len(self._digests), index):
                 self._take(number)
             return self._take(index)
 
     def _take(self, index: int) -> bytes:
+        if self._current[0] == index:
+            return self._current[1]
         for number in range(index, min(index + 1 + WINDOWS_AHEAD, self._count)):
             if number not in self._windows:
                 self._windows[number] = self._pool.submit(self._load, number)
         data = self._windows[index].result()
-        if index == self._hashed:
-            self._check.update(data)
-            self._hashed += 1
-        for number in [number for number in self._windows if number < index]:
+        self._verify(index, data)
+        self._current = (index, data)
+        for number in [number for number in self._windows if number <= index]:
             del self._windows[number]
         return data
+
+    def _verify(self, index: int, data: bytes) -> None:
+        """Hashes a window that is new; compares one that was there before, and the header."""
+        from blake3 import blake3
+
+        digest = blake3(data).digest()
+        if index == len(self._digests):
+            begin = index * WINDOW_BYTES
+            head = self._head[begin : begin + len(data)]
+            if head != data[: len(head)]:
+                raise self._other_bytes()
+            self._check.update(data)
+            self._digests.append(digest)
+        elif self._digests[index] != digest:
+            raise self._other_bytes()
+
+    def _other_bytes(self) -> IntegrityError:
+        return IntegrityError.of(
+            "content",
+            "the same range gave other bytes the second time.",
+            file=escape(self._name),
+            remedy="Try again; if it stays so, the server or a cache before it gives damaged content.",
+        )
 
     def _load(self, index: int) -> bytes:
         begin = index * WINDOW_BYTES

@@ -96,12 +96,17 @@ def _bring(snapshot: HubSnapshot, scratch: Path, wanted: set[str], weights: set[
 
 def _opener(snapshot: HubSnapshot, pool: ThreadPoolExecutor | None) -> Callable[[str], RangeSource]:
     files = {file.path: file for file in snapshot.files}
+    opened: dict[str, RangeSource] = {}
 
     def open_file(name: str) -> RangeSource:
-        full = snapshot.full(files[name])
-        if pool is None:
-            return RangeSource(snapshot.repository, snapshot.version, full, name=name)
-        return StreamedSource(snapshot.repository, snapshot.version, full, name=name, pool=pool)
+        if name not in opened:
+            place = (snapshot.repository, snapshot.version, snapshot.full(files[name]))
+            opened[name] = (
+                RangeSource(*place, name=name)
+                if pool is None
+                else StreamedSource(*place, name=name, pool=pool)
+            )
+        return opened[name]
 
     return open_file
 
