@@ -151,7 +151,8 @@ class Registry:
         """
         if self.objects.read(MARKER, MAX_RECORD_BYTES) is None:
             others = self.objects.names("")
-            if others:
+            # Another writer makes the marker first of all, perhaps just now.
+            if others and self.objects.read(MARKER, MAX_RECORD_BYTES) is None:
                 raise StoreError.of(
                     "no-registry",
                     f"holds other things ({escape(others[0])}) and no {MARKER}: it is no registry.",
