@@ -297,7 +297,7 @@ def _other(
     parts.problems.extend(full.problems)
     parts.notes.extend(full.notes)
     _set_aside(full.copies, "an untouched copy of the base", parts)
-    parts.blockers = generic.blockers(kind)
+    parts.blockers = generic.blockers(kind, config, parts.modules)
     if not parts.modules and not parts.full:
         message = f"the file holds no {kind.name} tensors."
         remedy = "The file is empty or incomplete; save the adapter again."

@@ -59,14 +59,23 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
-def load_whole(source: OpenSource, item: ByteRange) -> Tensor:
+_INTEGERS = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+
+
+def load_whole(source: OpenSource, item: ByteRange, *, places: bool = False) -> Tensor:
     """Reads a tensor of an adapter in its stored dtype, and checks that every value is finite.
+
+    Args:
+        source: the file.
+        item: the tensor.
+        places: True where it may hold integers: places in another tensor.
 
     Raises:
         FormatError: a value is NaN or infinite; names file, tensor and index.
-        UnsupportedError: the dtype is not a float.
+        UnsupportedError: the dtype is not a float, nor an integer where those may be.
     """
-    dtype = torch_dtype(item.spec.dtype)
+    integers = _INTEGERS.get(item.spec.dtype) if places else None
+    dtype: torch.dtype = getattr(torch, integers) if integers else torch_dtype(item.spec.dtype)
     raw = torch.empty(item.spec.nbytes, dtype=torch.uint8)
     if item.spec.nbytes:
         source.read_into(memory_of(raw), item.offset)

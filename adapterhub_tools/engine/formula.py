@@ -33,7 +33,11 @@ def formula(step: Step, open_source: Callable[[str], OpenSource]) -> Expression:
     deltas = []
     for term in step.terms:
         method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
-        factors = {role: load_whole(open_source(item.uri), item) for role, item in term.factors.items()}
+        places = getattr(method, "place_roles", ())
+        factors = {
+            role: load_whole(open_source(item.uri), item, places=role in places)
+            for role, item in term.factors.items()
+        }
         weight = _weight(step, term, open_source)
         if not method.additive:
             expression: Expression = method.expression(factors, weight)

@@ -12,6 +12,9 @@ from typing import Any
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.tensor import TensorSpec
 
+WHOLE_MODEL = "*"
+"""The path of factors that belong to no single module: random bases that all share, prompts, routers."""
+
 KINDS = ("linear", "conv1d", "conv2d", "convnd", "embedding", "expert", "unknown")
 """Kinds of target module.
 

@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from adapterhub_tools import registry
 from adapterhub_tools.architectures import Architecture, embedding_names, lookup
 from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
-from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
+from adapterhub_tools.model.adapter import WHOLE_MODEL, Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.plan import Placement
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.ops.module_kinds import (
     bias_factors,
     check_bias,
     decide_kind,
+    extent_of,
     method_of,
+    on_bias_only,
     unknown_layout,
 )
 from adapterhub_tools.ops.name_rules import NameRule, choose_rule
@@ -63,6 +65,8 @@ class Fit:
         rule: the rule that took module names to tensor names, in words.
         problems: everything that stands against a merge.
         notes: what was decided by rule.
+        whole: the adapter's factors that belong to no single module; each module's method has them too.
+        extent: the largest out and in of the modules, where random bases of that size are not stored.
     """
 
     modules: tuple[TargetModule, ...]
@@ -73,6 +77,18 @@ class Fit:
     rule: str
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    whole: tuple[TargetModule, ...] = ()
+    extent: tuple[int, int] | None = None
+
+    @property
+    def described(self) -> tuple[TargetModule, ...]:
+        """The modules as a manifest has them: those of the whole model too."""
+        return (*self.whole, *self.modules)
+
+    @property
+    def shared(self) -> dict[str, TensorSpec]:
+        """The factors that belong to no single module."""
+        return {role: spec for module in self.whole for role, spec in module.factors.items()}
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -115,6 +131,9 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         The fit; ``problems`` holds everything that is wrong.
     """
     config = checkpoint.config or {}
+    whole = tuple(module for module in adapter.modules if module.path == WHOLE_MODEL)
+    shared = {role: spec for module in whole for role, spec in module.factors.items()}
+    adapter = replace(adapter, modules=tuple(m for m in adapter.modules if m.path != WHOLE_MODEL))
     architecture = lookup(config.get("model_type"))
     tie = find_tie(checkpoint, architecture)
     stored = checkpoint.tensors.keys()
@@ -141,11 +160,12 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         if source not in stored:
             continue
         start = starts.get(name, checkpoint.tensors[source].spec)
-        fitted = _fit_module(module, source, start, checkpoint, architecture, problems, notes)
+        fitted = _fit_module(module, source, start, checkpoint, architecture, shared, problems, notes)
         modules.append(fitted)
-        placements[module.path] = Placement(
-            base_tensor=name, transposed=fitted.kind in ("conv1d", "embedding")
-        )
+        if not on_bias_only(fitted):
+            placements[module.path] = Placement(
+                base_tensor=name, transposed=fitted.kind in ("conv1d", "embedding")
+            )
         _fit_bias(fitted, name.removesuffix("weight") + "bias", checkpoint, biases, problems)
     if tie is None and may_be_tied(checkpoint, architecture):
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
@@ -161,6 +181,8 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         rule=rule.words,
         problems=tuple(problems),
         notes=tuple(notes),
+        whole=whole,
+        extent=extent_of(modules, shared),
     )
 
 
@@ -170,6 +192,7 @@ def _fit_module(
     start: TensorSpec,
     checkpoint: Checkpoint,
     architecture: Architecture | None,
+    shared: Mapping[str, TensorSpec],
     problems: list[Problem],
     notes: list[str],
 ) -> TargetModule:
@@ -179,7 +202,7 @@ def _fit_module(
     carries.
     """
     base = checkpoint.tensors[source].spec
-    kind = decide_kind(module, start, architecture)
+    kind = decide_kind(module, start, architecture, shared)
     if kind != module.kind and module.kind != "unknown":
         said = module.kind == "conv1d"
         note = f"fan_in_fan_out is {said} in the config, but the base stores {kind} weights"
@@ -196,7 +219,7 @@ def _fit_module(
             )
         )
     elif (method := method_of(module)) is not None:
-        problems.extend(method.check(module.factors, kind, start, module.path))
+        problems.extend(method.check({**shared, **module.factors}, kind, start, module.path))
     return replace(module, kind=kind, base_shape=start.shape)
 
 

@@ -151,7 +151,7 @@ def new_manifest(
         fitted = fit(described, checkpoint)
         fitted.raise_for_problems()
         known, warnings = identify_base(known, checkpoint, fitted, cache=cache, progress=progress)
-        described = dataclasses.replace(described, modules=fitted.modules)
+        described = dataclasses.replace(described, modules=fitted.described)
         notes += [*fitted.notes, *warnings]
     elif before is not None:
         described = _keep_resolved(opened, before)

@@ -97,6 +97,21 @@ def plan_merge(
     )
 
 
+def changes_of(part: Part) -> dict[str, Change]:
+    """Returns what one adapter does to each base tensor, apart from ties: its terms, and what it replaces.
+
+    Raises:
+        MismatchError: it replaces one tensor twice.
+    """
+    changes: dict[str, Change] = {}
+    problems: list[Problem] = []
+    _add_terms(part, changes)
+    _add_full(part, changes, problems)
+    if problems:
+        raise MismatchError(*problems)
+    return changes
+
+
 class _BaseRanges:
     """Name of a base tensor -> its bytes."""
 
@@ -113,14 +128,22 @@ def _opener(checkpoint: Checkpoint, file: str) -> Callable[[], OpenSource]:
 
 
 def _add_terms(part: Part, changes: dict[str, Change]) -> None:
+    shared = {role: part.range_of(spec) for role, spec in part.fit.shared.items()}
     for module in part.fit.modules:
-        place = part.fit.placements[module.path]
         hparams = {**module.hparams, "multiplier": part.scale, "kind": module.kind}
-        weight = {role: part.range_of(spec) for role, spec in module.factors.items() if role != "bias"}
-        term = Term(
-            module=module.path, method=module.method, hparams=hparams, factors=weight, placement=place
-        )
-        changes.setdefault(place.base_tensor, Change()).terms.append(term)
+        if part.fit.extent is not None:
+            hparams["extent"] = list(part.fit.extent)
+        place = part.fit.placements.get(module.path)
+        if place is not None:
+            own = {role: part.range_of(spec) for role, spec in module.factors.items() if role != "bias"}
+            term = Term(
+                module=module.path,
+                method=module.method,
+                hparams=hparams,
+                factors={**shared, **own},
+                placement=place,
+            )
+            changes.setdefault(place.base_tensor, Change()).terms.append(term)
         if module.path in part.fit.biases:
             name = part.fit.biases[module.path]
             term = Term(

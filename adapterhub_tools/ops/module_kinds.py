@@ -48,7 +48,33 @@ def bias_factors(module: TargetModule) -> dict[str, TensorSpec]:
     return {name: module.factors[name] for name in names}
 
 
-def decide_kind(module: TargetModule, base: TensorSpec, architecture: Architecture | None) -> str:
+def on_bias_only(module: TargetModule) -> bool:
+    """Says whether a module's method changes nothing but its bias."""
+    return getattr(method_of(module), "bias_only", False) is True
+
+
+def extent_of(modules: Iterable[TargetModule], shared: Mapping[str, TensorSpec]) -> tuple[int, int] | None:
+    """Returns the largest out and in of the modules whose method makes shared factors that are not stored.
+
+    Args:
+        modules: with their kinds and base shapes.
+        shared: the factors of the whole model that are stored.
+    """
+    sizes = []
+    for module in modules:
+        made = getattr(method_of(module), "made", ())
+        if set(made) <= set(shared) or module.base_shape is None or len(module.base_shape) != 2:
+            continue
+        sizes.append(module.base_shape if module.kind != "conv1d" else module.base_shape[::-1])
+    return (max(out for out, _ in sizes), max(inner for _, inner in sizes)) if sizes else None
+
+
+def decide_kind(
+    module: TargetModule,
+    base: TensorSpec,
+    architecture: Architecture | None,
+    shared: Mapping[str, TensorSpec],
+) -> str:
     """Decides what the adapter's own files leave open.
 
     The base's axes tell a convolution from a matrix. Whether a matrix is stored as (out, in) or (in, out) is
@@ -59,6 +85,7 @@ def decide_kind(module: TargetModule, base: TensorSpec, architecture: Architectu
         module: as the adapter describes it.
         base: the base weight as stored.
         architecture: the base's, or None if it is not in the table.
+        shared: factors that the module's method has beside its own.
     """
     if module.kind not in (*_FLAT, "unknown"):
         return module.kind
@@ -70,7 +97,8 @@ def decide_kind(module: TargetModule, base: TensorSpec, architecture: Architectu
     if architecture is not None:
         return "conv1d" if architecture.is_conv1d(module.path) else "linear"
     method = method_of(module)
-    fits = [kind for kind in _FLAT if method and not method.check(module.factors, kind, base, module.path)]
+    factors = {**shared, **module.factors}
+    fits = [kind for kind in _FLAT if method and not method.check(factors, kind, base, module.path)]
     return fits[0] if len(fits) == 1 else said
 
 

@@ -393,6 +393,8 @@ def test_every_other_type_is_described(name, tmp_path):
     assert not problems
     assert adapter.method == name.lower()
     assert adapter.modules or adapter.full
-    assert blockers(adapter) <= {"method", "unmergeable"}
-    assert bool(blockers(adapter)) is (adapter.method not in registry.names("methods"))
+    known = adapter.method in registry.names("methods") or name == "TRAINABLE_TOKENS"
+    expected = {"UNILORA": {"not-reproducible"}}.get(name, set() if known else {"method", "unmergeable"})
+    assert blockers(adapter) <= expected
+    assert bool(blockers(adapter)) is bool(expected)
     assert adapter.parameters > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from adapterhub_tools import registry
@@ -10,12 +10,13 @@ from adapterhub_tools.dialects._peft.blockers import Blocker, method_blockers
 from adapterhub_tools.dialects._peft.config import PeftType
 from adapterhub_tools.dialects._peft.keys import Factors
 from adapterhub_tools.dialects._peft.module_settings import of_modules
+from adapterhub_tools.dialects._peft.variants import variant_blockers
 from adapterhub_tools.errors import Problem
-from adapterhub_tools.model.adapter import FullTensor, TargetModule
+from adapterhub_tools.model.adapter import WHOLE_MODEL, FullTensor, TargetModule
 from adapterhub_tools.model.tensor import TensorSpec
 
-WHOLE_MODEL = "*"
-"""The path of factors that belong to no single module: shared bases, prompts, routers."""
+_WHOLE = ("", "base_model")
+"""Paths of keys that belong to no module."""
 
 _EMBEDDING = "embedding_"
 """How the roles of an embedding's factors begin."""
@@ -37,7 +38,7 @@ def build(
     settings, problems = of_modules(config, kind, paths, file=config_file)
     modules = [
         TargetModule(
-            path=path or WHOLE_MODEL,
+            path=WHOLE_MODEL if path in _WHOLE else path,
             method=kind.method,
             kind="embedding" if any(role.startswith(_EMBEDDING) for role in factors[path]) else "unknown",
             hparams=hparams,
@@ -88,8 +89,18 @@ def token_rows(
     return full, problems
 
 
-def blockers(kind: PeftType) -> list[Blocker]:
-    """Returns why an adapter of this type cannot be merged by this version."""
+def blockers(kind: PeftType, config: Mapping[str, Any], modules: Iterable[TargetModule]) -> list[Blocker]:
+    """Returns why an adapter of this type cannot be merged as it stands.
+
+    Args:
+        kind: its type.
+        config: its config.
+        modules: its target modules.
+    """
     if kind.merge == "none":
         return [("unmergeable", f"{kind.name}: {kind.reason}", "Load it as an adapter with PEFT.")]
-    return method_blockers(kind.method)
+    if kind.merge == "rows":
+        # Rows that replace the base's need no method.
+        return []
+    roles = {role for module in modules for role in module.factors}
+    return method_blockers(kind.method) or variant_blockers(kind.name, config, roles)

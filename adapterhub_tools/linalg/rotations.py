@@ -1,0 +1,61 @@
+"""Weights whose inputs are rotated block by block: W·Rᵀ in whichever layout W is stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterhub_tools.linalg.computed import Computed
+from adapterhub_tools.linalg.row_groups import RowGroups
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterhub_tools.linalg.weight import Weight
+
+
+def rotate_columns(block: Tensor, rotations: Tensor) -> Tensor:
+    """Returns the block times a block-diagonal matrix, from the right.
+
+    Args:
+        block: shape (n, k·b).
+        rotations: shape (k, b, b), or (1, b, b) for the same one k times.
+    """
+    size = int(rotations.shape[-1])
+    parts = block.reshape(block.shape[0], -1, size)
+    if rotations.shape[0] == 1:
+        return (parts @ rotations[0]).reshape(block.shape)
+    return (parts.transpose(0, 1) @ rotations).transpose(0, 1).reshape(block.shape)
+
+
+def rotated_inputs(rotations: Tensor, weight: Weight, multiplier: float) -> Computed:
+    """Returns W' with W'·x = W·Rᵀ·x, R block-diagonal.
+
+    W stored as (out, in) is multiplied by Rᵀ from the right, stored as (in, out) by R from the left. The
+    error of an element is at most (b + 2)·2⁻⁵³·|W|·|R|ᵀ.
+
+    Args:
+        rotations: the blocks of R, float64, shape (k, b, b), or (1, b, b) for the same one everywhere.
+        weight: W.
+        multiplier: of W' − W.
+    """
+    size = int(rotations.shape[-1])
+    if weight.transposed:
+
+        def groups(some: Tensor, first: int) -> Tensor:
+            own = rotations if rotations.shape[0] == 1 else rotations[first : first + some.shape[0]]
+            return own @ some
+
+        return RowGroups(weight, size, groups, multiplier)
+    turned = rotations.transpose(1, 2).contiguous()
+    return Computed(weight.rows, lambda block, _: rotate_columns(block, turned), multiplier)
+
+
+def rotated_outputs(rotations: Tensor, weight: Weight, multiplier: float) -> Computed:
+    """Returns the rows of W, stored as (rows, width), each times a block-diagonal matrix R.
+
+    Args:
+        rotations: the blocks of R, float64, shape (k, b, b), or (1, b, b) for the same one everywhere.
+        weight: W, an embedding.
+        multiplier: of W' − W.
+    """
+    return Computed(weight.rows, lambda block, _: rotate_columns(block, rotations), multiplier)

@@ -1,0 +1,133 @@
+"""BOFT: W' = s ∘ (W·Rᵀ), with R a product of block-diagonal rotations between butterfly permutations.
+
+Source: Liu et al. 2023, arXiv:2311.06243; peft/tuners/boft/layer.py, ``get_delta_weight`` and
+``block_butterfly_perm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterhub_tools.errors import Problem
+from adapterhub_tools.linalg.weight import Weight
+from adapterhub_tools.model.misfit import OTHER_BASE, misfit, wrong_factor, wrong_kind
+from adapterhub_tools.model.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterhub_tools.linalg.computed import Computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BOFT:
+    """A BOFT module; block size, number and butterfly factors are those of the tensors.
+
+    The error of an element is at most N·(b + 2)·2⁻⁵³ times what |R| makes of |W| for N factors of block size
+    b, and that of the blocks (``cayley`` in linalg/cayley.py).
+
+    Attributes:
+        multiplier: the caller's factor on W' − W.
+    """
+
+    guarantee: ClassVar[str] = "tolerance"
+    additive: ClassVar[bool] = False
+    multiplier: float = 1.0
+
+    @classmethod
+    def from_hparams(cls, hparams: Mapping[str, Any]) -> BOFT:
+        """Reads the multiplier; what else enters the maths is in the tensors."""
+        return cls(multiplier=hparams.get("multiplier", 1.0))
+
+    def check(
+        self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str
+    ) -> tuple[Problem, ...]:
+        """Compares the rotation's size and the scale's with the base weight's.
+
+        Args:
+            factors: ``"R"`` (N, blocks, b, b) and ``"s"``, out values.
+            kind: ``"linear"``, ``"conv1d"`` or ``"conv2d"``.
+            base: the base weight as stored.
+            module: the module's path, for the message.
+        """
+        blocks, scale = factors["R"], factors["s"]
+        if kind not in ("linear", "conv1d", "conv2d") or len(base.shape) < 2:
+            return (wrong_kind(module, kind, ("linear", "conv1d", "conv2d")),)
+        if len(blocks.shape) != 4 or blocks.shape[2] != blocks.shape[3]:
+            return (wrong_factor(module, blocks, "square blocks, four axes"),)
+        count, number, size, _ = blocks.shape
+        halvings = 1 << (count - 1)
+        if count > 1 and (size % 2 or number % halvings):
+            return (wrong_factor(module, blocks, f"even blocks, a multiple of {halvings} of them"),)
+        inner = base.shape[0] if kind == "conv1d" else prod(base.shape[1:])
+        out = prod(base.shape[1:]) if kind == "conv1d" else base.shape[0]
+        if scale.elements != out:
+            return misfit(
+                module, base, (inner, scale.elements) if kind == "conv1d" else (scale.elements, inner)
+            )
+        if number * size == inner:
+            return ()
+        message = f"{number} blocks of {size} do not rotate the {inner} inputs of {base.name}."
+        return (Problem(kind="shape", loc=module, message=message, remedy=OTHER_BASE),)
+
+    def expression(self, factors: Mapping[str, Tensor], weight: Weight) -> Computed:
+        """Returns s ∘ (W·Rᵀ).
+
+        Shapes: R (N, blocks, b, b), s out values; a convolution counts as (out, in·kh·kw).
+        Dtype:  any float in; float64 inside.
+        Memory: 8·N·in·b bytes for the rotations, four times that while they are made. Rows of W can be taken
+            alone; for ``conv1d`` the weight is needed whole: 16 bytes per value.
+        """
+        from adapterhub_tools.linalg.cayley import cayley
+        from adapterhub_tools.linalg.computed import Computed
+        from adapterhub_tools.linalg.rotations import rotate_columns
+        from adapterhub_tools.linalg.row_groups import RowGroups
+
+        stored = factors["R"].double()
+        count, number, size, _ = (int(n) for n in stored.shape)
+        skew = 0.5 * (stored - stored.transpose(2, 3)).reshape(-1, size, size)
+        turned = cayley(skew).transpose(1, 2).reshape(stored.shape)
+        orders = [_butterfly(number, size, level, count) for level in range(count)]
+        scale = factors["s"].double().reshape(-1)
+
+        def rotate(rows: Tensor) -> Tensor:
+            for order, rotations in zip(orders, turned, strict=True):
+                if order is None:
+                    rows = rotate_columns(rows, rotations)
+                    continue
+                # P·D·Pᵀ: take the columns in that order, rotate, put them back.
+                rotated = rotate_columns(rows[:, order[1]], rotations)
+                rows = rotated[:, order[0]]
+            return rows
+
+        def flat(block: Tensor, row: int) -> Tensor:
+            return rotate(block) * scale[row : row + block.shape[0], None]
+
+        def whole(groups: Tensor, _: int) -> Tensor:
+            return (rotate(groups[0].t()) * scale[:, None]).t().reshape(groups.shape)
+
+        if weight.transposed:
+            return RowGroups(weight, weight.rows, whole, self.multiplier)
+        return Computed(weight.rows, flat, self.multiplier)
+
+
+def _butterfly(number: int, size: int, level: int, count: int) -> tuple[Tensor, Tensor] | None:
+    """Returns the permutation of a level and its inverse; None for the only level of an unmixed rotation.
+
+    In groups of 2^level blocks, half-blocks at even places come before those at odd places.
+    """
+    import torch
+
+    if count == 1:
+        return None
+    half = size // 2
+    group = (number * size) // (number // (1 << level))
+    halves = torch.arange(number * size).reshape(-1, group // half, half)
+    order = torch.cat((halves[:, 0::2], halves[:, 1::2]), dim=1).flatten()
+    return order, torch.argsort(order)
+
+
+IMPLEMENTATION = BOFT
