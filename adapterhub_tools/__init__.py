@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.api import (
         adapter_digest,
         content_digest,
+        convert,
         init,
         inspect,
         list_adapters,
@@ -62,6 +63,7 @@ _HOMES = {
     "api": (
         "adapter_digest",
         "content_digest",
+        "convert",
         "init",
         "inspect",
         "list_adapters",
@@ -138,6 +140,7 @@ __all__ = [
     "__version__",
     "adapter_digest",
     "content_digest",
+    "convert",
     "init",
     "inspect",
     "list_adapters",

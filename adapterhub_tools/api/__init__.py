@@ -12,7 +12,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.api.exchange import list_adapters, pull, push
-from adapterhub_tools.api.low_rank import svd_shrink
+from adapterhub_tools.api.low_rank import convert, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "Reference",
     "adapter_digest",
     "content_digest",
+    "convert",
     "init",
     "inspect",
     "list_adapters",

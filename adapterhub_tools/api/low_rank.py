@@ -93,3 +93,72 @@ def svd_shrink(
         dry_run=dry_run,
     )
     return op.svd_shrink(local_path(adapter), optional_path(out), options, progress)
+
+
+def convert(
+    adapter: Reference,
+    out: Reference | None,
+    *,
+    to: str,
+    base: Reference | None = None,
+    initial: Reference | None = None,
+    rank: int | str | None = None,
+    max_error: float = 0.01,
+    allow_lossy: bool = False,
+    fold_scale: bool = False,
+    dtype: str | None = None,
+    seed: int = 0,
+    replace: bool = False,
+    allow_replace_gap: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> LowRankReport:
+    """Converts an adapter to plain LoRA or to DoRA.
+
+    Args:
+        adapter: the adapter's folder or ``.safetensors`` file.
+        out: the folder to write; None only with ``dry_run``.
+        to: ``"lora"`` or ``"dora"``.
+        base: the base, where what the adapter does depends on it.
+        initial: the adapter as it was saved before training, where its initialisation altered the base
+            (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
+        rank: the rank of the result, or ``"auto"`` for the smallest within ``max_error``.
+        max_error: the relative error, in the Frobenius norm, that each module may have.
+        allow_lossy: whether a larger error is allowed.
+        fold_scale: whether alpha, rsLoRA and patterns go into the factors, so that every scale is 1.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"`` for computed factors; None keeps
+            the adapter's.
+        seed: of the random sketches.
+        replace: whether an existing folder may be replaced.
+        allow_replace_gap: whether that may leave a moment without a folder.
+        threads: the number of workers; None chooses.
+        dry_run: whether to compute and report without writing.
+        progress: told how far it is.
+
+    Raises:
+        FormatError: a file is broken, or holds NaN or infinities.
+        UnsupportedError: a method that cannot be merged, or what the target cannot express.
+        MismatchError: nothing to convert, or the base or the initial adapter is missing or does not fit.
+        LossyError: the error of a module is above ``max_error``.
+        StoreError: could not read or write; the destination is untouched.
+    """
+    from adapterhub_tools.ops import convert as op
+    from adapterhub_tools.ops.convert_options import ConvertOptions
+
+    options = ConvertOptions(
+        to=to,
+        base=optional_path(base),
+        initial=optional_path(initial),
+        rank=rank,
+        max_error=max_error,
+        allow_lossy=allow_lossy,
+        fold_scale=fold_scale,
+        dtype=dtype,
+        seed=seed,
+        replace=replace,
+        allow_replace_gap=allow_replace_gap,
+        threads=threads,
+        dry_run=dry_run,
+    )
+    return op.convert(local_path(adapter), optional_path(out), options, progress)

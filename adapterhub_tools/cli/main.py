@@ -16,6 +16,7 @@ COMMANDS = {
     "hash": "Print the content digest of a base.",
     "merge": "Merge adapters into a base, exactly.",
     "svd-shrink": "Lower the ranks of an adapter.",
+    "convert": "Write an adapter as another method.",
     "push": "Publish an adapter on the Hub or in a registry.",
     "pull": "Bring an adapter from the Hub or a registry, verified.",
     "list": "Say what a registry holds, or the versions of an adapter.",

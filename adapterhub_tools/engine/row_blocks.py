@@ -45,6 +45,11 @@ class StoredRows:
         self._dtype = torch_dtype(item.spec.dtype)
         self.shape: tuple[int, int] = (all_rows if rows is None else rows, columns)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of one pass over the rows."""
+        return self.shape[0] * self.shape[1] * self._dtype.itemsize
+
     def read(self, first: int, count: int) -> Tensor:
         """Returns rows in float64, shape (count, columns).
 

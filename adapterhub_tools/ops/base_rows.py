@@ -6,11 +6,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterhub_tools.architectures import lookup
 from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.ops.fit import Fit, fit
 from adapterhub_tools.ops.hash import tensor_digests
+from adapterhub_tools.ops.name_rules import choose_rule
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
@@ -93,3 +95,12 @@ class OpenBase:
             for source in self._opened.values():
                 source.close()
             self._opened.clear()
+
+
+def memory_paths(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the paths, as the adapter writes them, of the base's modules that have a weight."""
+    architecture = lookup((checkpoint.config or {}).get("model_type"))
+    prefix = architecture.base_prefix if architecture else ""
+    rule = choose_rule(adapter, checkpoint.tensors.keys(), prefix, [])
+    names = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
+    return tuple(rule.to_memory(name) for name in names)

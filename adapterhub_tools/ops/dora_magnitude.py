@@ -7,14 +7,14 @@ for each output.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from adapterhub_tools.linalg.weight import TRANSPOSED
-from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.manifest import HistoryInput
-from adapterhub_tools.ops.base_rows import OpenBase
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.ops.effects import Effects
 
 if TYPE_CHECKING:
     import torch
@@ -55,19 +55,19 @@ class Refit:
     with d = W + ΔW before and d' = W + ΔW' after: the projection onto the new direction.
 
     Args:
-        adapter: the adapter before.
+        opened: the adapter before.
         base: the base's folder or file.
+        stack: closes the files.
     """
 
-    def __init__(self, adapter: Adapter, base: Path) -> None:
+    def __init__(self, opened: OpenedAdapter, base: Path, stack: ExitStack) -> None:
         """Opens the base and fits the adapter to it."""
-        self._base = OpenBase(base)
-        self._fit = self._base.fit(adapter)
+        self._effects = Effects(opened, base, stack)
 
     @property
     def base_input(self) -> HistoryInput:
         """The base as an input of an operation: the digest of the target tensors."""
-        return self._base.targets_input(self._fit)
+        return self._effects.base.targets_input(self._effects.fit)
 
     def magnitude(self, path: str, old: Tensor, before: Factors, after: Factors) -> Tensor:
         """Returns the magnitudes of one module, in the shape of the old ones.
@@ -78,22 +78,12 @@ class Refit:
             before: B, A and s as they were.
             after: as they are stored now.
         """
-        kind = next(module.kind for module in self._fit.modules if module.path == path)
-        weight = self._base.rows(self._fit, path)
-        inner, own, new = _sums(weight, kind, before, after)
+        target = self._effects.of_module(path)
+        kind = next(module.kind for module in self._effects.fit.modules if module.path == path)
+        inner, own, new = _sums(self._effects.weight(target), kind, before, after)
         lengths = (own * new).sqrt()
         cosine = (inner / lengths).where(lengths > 0, lengths.new_ones(()))
         return (old.reshape(-1) * cosine).reshape(old.shape)
-
-    def __enter__(self) -> Refit:
-        """Returns itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes the base."""
-        self._base.close()
 
 
 def _sums(weight: StoredRows, kind: str, before: Factors, after: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,7 +81,7 @@ class Run:
         if options.refit is not None:
             from adapterhub_tools.ops.dora_magnitude import Refit
 
-            self.refit = stack.enter_context(Refit(opened.adapter, options.refit))
+            self.refit = Refit(opened, options.refit, stack)
 
     def shrink(self) -> list[Shrunk]:
         """Chooses the ranks and computes every product."""
