@@ -66,16 +66,25 @@ class FourierFT:
             return (wrong_factor(module, spectrum, f"one axis of at most {prod(base.shape)} values"),)
         return misfit_matrix(module, base, kind, None, None)
 
-    def places(self, count: int, out: int, inner: int) -> tuple[Tensor, Tensor]:
-        """Makes the places of the spectrum from the seed, as PEFT does: rows and columns of (out, in).
+    def random_names(self, factors: Mapping[str, Any], shape: tuple[int, int]) -> tuple[str, ...]:
+        """Returns the name of the random places, which says what they are made from."""
+        return (f"places/{self.seed}/{shape[0]}/{shape[1]}/{factors['spectrum'].shape[0]}",)
+
+    def random_tensors(self, factors: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Makes the places from the seed, as PEFT does: row · in + column of each.
+
+        Args:
+            factors: ``"spectrum"``, a tensor or its description.
+            shape: (out, in).
 
         Raises:
             UnsupportedError: the seed is no integer.
         """
         from adapterhub_tools.linalg.random_stream import check_seed, permutation_head
 
-        flat = permutation_head(out * inner, count, check_seed(self.seed, "random_loc_seed"))
-        return flat // inner, flat % inner
+        seed = check_seed(self.seed, "random_loc_seed")
+        flat = permutation_head(shape[0] * shape[1], int(factors["spectrum"].shape[0]), seed)
+        return {self.random_names(factors, shape)[0]: flat}
 
     def delta(self, factors: Mapping[str, Tensor], weight: Weight) -> ComputedTerm:
         """Returns the delta, computed row by row: a sum over the spectrum, then one transform of the row.
@@ -91,10 +100,11 @@ class FourierFT:
 
         values = factors["spectrum"].double()
         height, width = weight.rows, weight.columns
+        shape = (width, height) if weight.transposed else (height, width)
+        (flat,) = self.random_tensors(factors, shape).values()
+        rows, columns = flat // shape[1], flat % shape[1]
         if weight.transposed:
-            columns, rows = self.places(int(values.shape[0]), width, height)
-        else:
-            rows, columns = self.places(int(values.shape[0]), height, width)
+            rows, columns = columns, rows
         turns = torch.arange(height, dtype=torch.float64) * (2 * pi / height)
         roots = torch.polar(torch.ones_like(turns), turns)
         strength = self.scale * self.multiplier

@@ -83,13 +83,27 @@ class VeRA:
             return found
         inner = base.shape[1] if kind == "linear" else base.shape[0]
         a, up = factors.get("shared_A"), factors.get("shared_B")
+        if (a is None) != (up is None):
+            return (wrong_factor(module, a or up or d, "both random matrices beside it, or neither"),)
         if a is not None and (len(a.shape) != 2 or a.shape[0] != self.rank or a.shape[1] < inner):
             found += (wrong_factor(module, a, f"[{self.rank}, at least {inner}]"),)
         if up is not None and (len(up.shape) != 2 or up.shape[1] != self.rank or up.shape[0] < b.shape[0]):
             found += (wrong_factor(module, up, f"[at least {b.shape[0]}, {self.rank}]"),)
         return found
 
-    def regenerate(self) -> dict[str, Tensor]:
+    def random_names(
+        self,
+        factors: Mapping[str, Any],
+        shape: tuple[int, int],  # noqa: ARG002 - the largest modules decide
+    ) -> tuple[str, ...]:
+        """Returns the names of the random tensors that the file leaves out."""
+        return tuple(role for role in self.made if role not in factors)
+
+    def random_tensors(
+        self,
+        factors: Mapping[str, Any],  # noqa: ARG002 - only the hyperparameters enter
+        shape: tuple[int, int],  # noqa: ARG002 - the largest modules decide
+    ) -> dict[str, Tensor]:
         """Makes A and B from the seed, as PEFT does: float32, A (rank, in) first, then B (out, rank).
 
         Raises:
@@ -112,7 +126,9 @@ class VeRA:
         """
         from adapterhub_tools.linalg.projections import vectors_term
 
-        shared = factors if "shared_A" in factors else self.regenerate()
+        shared = factors
+        if self.random_names(factors, (0, 0)):
+            shared = self.random_tensors(factors, (0, 0))
         return vectors_term(factors, shared, weight, self.scale)
 
 

@@ -74,16 +74,25 @@ class WaveFT:
             return (wrong_factor(module, spectrum, f"one axis of at most {prod(base.shape)} values"),)
         return misfit_matrix(module, base, kind, None, None)
 
-    def places(self, count: int, out: int, inner: int) -> tuple[Tensor, Tensor]:
-        """Makes the places of the values from the seed, as PEFT does: rows and columns of (out, in).
+    def random_names(self, factors: Mapping[str, Any], shape: tuple[int, int]) -> tuple[str, ...]:
+        """Returns the name of the random places, which says what they are made from."""
+        return (f"places/{self.seed}/{shape[0]}/{shape[1]}/{factors['spectrum'].shape[0]}",)
+
+    def random_tensors(self, factors: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Makes the places from the seed, as PEFT does: row · in + column of each.
+
+        Args:
+            factors: ``"spectrum"``, a tensor or its description.
+            shape: (out, in).
 
         Raises:
             UnsupportedError: the seed is no integer.
         """
         from adapterhub_tools.linalg.random_stream import check_seed, permutation_head
 
-        flat = permutation_head(out * inner, count, check_seed(self.seed, "random_loc_seed"))
-        return flat // inner, flat % inner
+        seed = check_seed(self.seed, "random_loc_seed")
+        flat = permutation_head(shape[0] * shape[1], int(factors["spectrum"].shape[0]), seed)
+        return {self.random_names(factors, shape)[0]: flat}
 
     def delta(self, factors: Mapping[str, Tensor], weight: Weight) -> SparseTerm:
         """Returns the delta, four places for each value at most.
@@ -95,7 +104,8 @@ class WaveFT:
 
         values = factors["spectrum"].double()
         out, inner = (weight.columns, weight.rows) if weight.transposed else (weight.rows, weight.columns)
-        rows, columns = self.places(int(values.shape[0]), out, inner)
+        (flat,) = self.random_tensors(factors, (out, inner)).values()
+        rows, columns = flat // inner, flat % inner
         scale = Fraction(self.scale) * Fraction(self.multiplier)
         if self.transformed:
             rows, columns, values = _haar(rows, columns, values, out, inner)

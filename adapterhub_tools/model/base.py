@@ -21,6 +21,8 @@ class BaseRef:
         digest: the content digest of all tensors, ``"tensor-tree-blake3-v1:<hex>"``.
         targets_digest: the content digest of the adapter's target tensors alone.
         config_digest: the digest of its config, ``"config-sha256-v1:<hex>"``.
+        random_digest: the content digest of the random tensors that the adapter does not store, as they
+            are made from its seed for this base's shapes.
         quantisation: how the base was quantised while training, such as
             ``{"scheme": "bitsandbytes-nf4", "double": true, "compute_dtype": "BF16"}``.
     """
@@ -33,6 +35,7 @@ class BaseRef:
     digest: str | None = None
     targets_digest: str | None = None
     config_digest: str | None = None
+    random_digest: str | None = None
     quantisation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def read_base(fields: Fields) -> tuple[BaseRef, dict[str, Any]]:
         digest=fields.text("digest", pattern=TENSOR_DIGEST),
         targets_digest=fields.text("targets_digest", pattern=TENSOR_DIGEST),
         config_digest=fields.text("config_digest", pattern=CONFIG_DIGEST),
+        random_digest=fields.text("random_digest", pattern=TENSOR_DIGEST),
         quantisation=fields.mapping("quantisation"),
     )
     if base.quantisation is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 from adapterhub_tools.ops.base_check import identify_base
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
+from adapterhub_tools.ops.random_tensors import random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -151,15 +153,18 @@ def new_manifest(
         fitted = fit(described, checkpoint)
         fitted.raise_for_problems()
         known, warnings = identify_base(known, checkpoint, fitted, cache=cache, progress=progress)
+        known = dataclasses.replace(known, random_digest=random_digest(fitted))
         described = dataclasses.replace(described, modules=fitted.described)
         notes += [*fitted.notes, *warnings]
     elif before is not None:
         described = _keep_resolved(opened, before)
-    digest, reason = _digest(opened)
+    with ThreadPoolExecutor(1) as pool:  # two hashes of the same bytes, on two processors
+        files = pool.submit(record_files, adapter)
+        digest, reason = _digest(opened)
     notes += [reason] if reason else []
     manifest = Manifest(
         adapter=dataclasses.replace(described, base=known),
-        files=record_files(adapter),
+        files=files.result(),
         digest=digest,
         training=dict(training or {}),
         licence=licence,

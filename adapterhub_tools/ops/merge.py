@@ -36,6 +36,7 @@ from adapterhub_tools.ops.merge_outputs import SideOutputs, index_text, side_out
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.module_kinds import guarantee_of
+from adapterhub_tools.ops.random_tensors import checked_random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.digest import root_digest
@@ -321,6 +322,9 @@ def _notes(parts: Sequence[Part], planned: MergePlan, side: SideOutputs) -> tupl
         prefix = f"{part.label}: " if len(parts) > 1 else ""
         notes += [f"{prefix}{note}" for note in (*part.opened.adapter.notes, *part.fit.notes)]
         notes += [f"{prefix}{problem}" for problem in part.opened.problems if problem.severity != "error"]
+        made = checked_random_digest(part.fit, part.opened.manifest, part.label)
+        if made is not None:
+            notes.append(f"{prefix}random tensors made again from the seed: {made}")
         if part.scale != 1.0 and part.fit.full:
             notes.append(
                 f"{prefix}the scale {part.scale:g} does not apply to the {len(part.fit.full)} full tensors"

@@ -15,11 +15,17 @@ _FLAT = ("linear", "conv1d")
 _BY_AXES = {1: "vector", 3: "convnd", 4: "conv2d", 5: "convnd"}
 
 
-def method_of(module: TargetModule) -> Any:
-    """Returns the module's method with its hyperparameters, or None if ``methods/`` has none of its name."""
+def method_of(module: TargetModule, more: Mapping[str, Any] | None = None) -> Any:
+    """Returns the module's method with its hyperparameters, or None if ``methods/`` has none of its name.
+
+    Args:
+        module: the module.
+        more: hyperparameters that only the base tells.
+    """
     if module.method not in registry.names("methods"):
         return None
-    return registry.load("methods", module.method).IMPLEMENTATION.from_hparams(module.hparams)
+    hparams = {**module.hparams, **(more or {})}
+    return registry.load("methods", module.method).IMPLEMENTATION.from_hparams(hparams)
 
 
 def guarantee_of(methods: Iterable[str]) -> str:

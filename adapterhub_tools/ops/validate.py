@@ -18,6 +18,7 @@ from adapterhub_tools.ops.adapter_reader import SAVED_EMBEDDING, examine_files
 from adapterhub_tools.ops.base_check import CHECKS, base_problems, fit_problems
 from adapterhub_tools.ops.finite import finite_problems
 from adapterhub_tools.ops.manifest_file import file_problems, manifest_path
+from adapterhub_tools.ops.random_tensors import random_problems
 from adapterhub_tools.ops.validation_report import Collector, ValidationReport
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
@@ -235,3 +236,5 @@ def _check_base(
         found.add(IntegrityError, problems)
 
     found.run("base digest", digests)
+    if manifest.base.random_digest is not None:
+        found.run("random tensors", lambda: found.add(IntegrityError, random_problems(fitted, manifest)))
