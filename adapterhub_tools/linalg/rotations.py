@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from adapterhub_tools.errors import LossyError
 from adapterhub_tools.linalg.computed import Computed
 from adapterhub_tools.linalg.row_groups import RowGroups
 
@@ -11,6 +14,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.weight import Weight
+
+
+_WORST_CONDITION = 1e9
+"""Beyond it, a float32 weight cannot be computed back to its own precision in float64."""
+
+
+def inverse_blocks(blocks: Tensor, multiplier: float) -> Tensor:
+    """Returns the inverses of (1 − m)·I + m·R for blocks R.
+
+    Args:
+        blocks: float64, shape (k, b, b).
+        multiplier: m.
+
+    Raises:
+        LossyError: one has no inverse, or one that would lose what a float32 holds.
+    """
+    one = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+    whole = (1 - multiplier) * one + multiplier * blocks
+    inverse, info = torch.linalg.inv_ex(whole)
+    condition = whole.flatten(1).norm(dim=1) * inverse.flatten(1).norm(dim=1)
+    worst = float(condition.max())
+    if bool(info.any()) or not worst <= _WORST_CONDITION:
+        raise LossyError.of(
+            "singular",
+            f"a block of the adapter has the condition number {worst:.1g}, so the weights that it mixed "
+            "cannot be computed back.",
+            remedy="Use the base itself.",
+        )
+    result: Tensor = inverse
+    return result
 
 
 def rotate_columns(block: Tensor, rotations: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 
 from adapterhub_tools.linalg.computed import Computed
 from adapterhub_tools.linalg.delta_sum import DeltaSum
+from adapterhub_tools.linalg.rotations import inverse_blocks
 from adapterhub_tools.linalg.stored_term import TiledTerm
 from adapterhub_tools.linalg.surd import Surd
 
@@ -72,6 +73,38 @@ def block_affine(blocks: Tensor, weight: Weight, multiplier: float) -> Computed:
             size = min(rank - inside, count - at)
             some = block[at : at + size].view(size, -1, rank)
             some += multiplier * (some @ tiles[group] + tiles[group][inside : inside + size, None, :])
+            at += size
+        return block
+
+    return Computed(weight.rows, compute)
+
+
+def block_affine_back(blocks: Tensor, weight: Weight, multiplier: float) -> Computed:
+    """Returns W of ``block_affine`` from W': Wₐ = (W'ₐ − m·Dₐ)·(I + m·Dₐ)⁻¹.
+
+    Args:
+        blocks: D, shape (out / r, r, r).
+        weight: W', stored as (out, in).
+        multiplier: m.
+
+    Raises:
+        LossyError: I + m·D has no inverse that float64 can hold.
+    """
+    import torch
+
+    tiles = blocks.double()
+    rank = int(tiles.shape[-1])
+    backwards = inverse_blocks(tiles + torch.eye(rank, dtype=tiles.dtype), multiplier)
+
+    def compute(block: Tensor, row: int) -> Tensor:
+        count = int(block.shape[0])
+        at = 0
+        while at < count:
+            group, inside = divmod(row + at, rank)
+            size = min(rank - inside, count - at)
+            some = block[at : at + size].view(size, -1, rank)
+            added = multiplier * tiles[group][inside : inside + size, None, :]
+            some.copy_((some - added) @ backwards[group])
             at += size
         return block
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterhub_tools.errors import Problem
+from adapterhub_tools.errors import LossyError, Problem
 from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model.misfit import OTHER_BASE, misfit, wrong_factor, wrong_kind
 from adapterhub_tools.model.tensor import TensorSpec
@@ -81,6 +81,34 @@ class BOFT:
         Memory: 8·N·in·b bytes for the rotations, four times that while they are made. Rows of W can be taken
             alone; for ``conv1d`` the weight is needed whole: 16 bytes per value.
         """
+        return self._rotated(factors, weight, backwards=False)
+
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],
+        weight: Weight,
+        aux: Mapping[str, Any],  # noqa: ARG002 - the factors are all that is needed
+    ) -> Computed:
+        """Returns the weight before the merge, in float64: scales divided out, rotations turned back.
+
+        Raises:
+            LossyError: the merge was scaled, or a scale of an output is 0.
+        """
+        if self.multiplier != 1:
+            raise LossyError.of(
+                "scaled",
+                f"the merge had the scale {self.multiplier:g}, and only a whole rotation is taken back.",
+                remedy="Use the base itself.",
+            )
+        if bool((factors["s"] == 0).any()):
+            raise LossyError.of(
+                "zero-gain",
+                "a scale of BOFT is 0, so the weights that it multiplied cannot be computed back.",
+                remedy="Use the base itself.",
+            )
+        return self._rotated(factors, weight, backwards=True)
+
+    def _rotated(self, factors: Mapping[str, Tensor], weight: Weight, *, backwards: bool) -> Computed:
         from adapterhub_tools.linalg.cayley import cayley
         from adapterhub_tools.linalg.computed import Computed
         from adapterhub_tools.linalg.rotations import rotate_columns
@@ -89,12 +117,16 @@ class BOFT:
         stored = factors["R"].double()
         count, number, size, _ = (int(n) for n in stored.shape)
         skew = 0.5 * (stored - stored.transpose(2, 3)).reshape(-1, size, size)
-        turned = cayley(skew).transpose(1, 2).reshape(stored.shape)
-        orders = [_butterfly(number, size, level, count) for level in range(count)]
+        rotations = cayley(skew)
+        turned = (rotations if backwards else rotations.transpose(1, 2)).reshape(stored.shape)
+        levels = [(_butterfly(number, size, level, count), turned[level]) for level in range(count)]
         scale = factors["s"].double().reshape(-1)
+        if backwards:
+            levels.reverse()
+            scale = 1 / scale
 
         def rotate(rows: Tensor) -> Tensor:
-            for order, rotations in zip(orders, turned, strict=True):
+            for order, rotations in levels:
                 if order is None:
                     rows = rotate_columns(rows, rotations)
                     continue

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterhub_tools.errors import Problem
+from adapterhub_tools.errors import LossyError, Problem
 from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model import hyperparameters as read
 from adapterhub_tools.model.misfit import misfit_matrix, wrong_factor
@@ -120,6 +120,23 @@ class DEFT:
             return block
 
         return Computed(weight.rows, stored_as_is, self.multiplier)
+
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],  # noqa: ARG002 - nothing could help
+        weight: Weight,  # noqa: ARG002
+        aux: Mapping[str, Any],  # noqa: ARG002
+    ) -> Computed:
+        """Refuses: what was there before is not in the merged weight.
+
+        Raises:
+            LossyError: always.
+        """
+        raise LossyError.of(
+            "not-invertible",
+            "DEFT removes a subspace of the outputs, which the merged weight no longer has.",
+            remedy="Use the base itself.",
+        )
 
 
 IMPLEMENTATION = DEFT

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterhub_tools.errors import FormatError, Problem
+from adapterhub_tools.errors import FormatError, LossyError, Problem
 from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model import hyperparameters as read
 from adapterhub_tools.model.misfit import misfit, wrong_factor, wrong_kind
@@ -74,9 +74,33 @@ class HRA:
         Raises:
             FormatError: a vector is zero, so it has no direction.
         """
+        return self._reflected(factors, weight, backwards=False)
+
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],
+        weight: Weight,
+        aux: Mapping[str, Any],  # noqa: ARG002 - the factors are all that is needed
+    ) -> Computed:
+        """Returns the weight before the merge, in float64: the reflections in reverse order.
+
+        Raises:
+            LossyError: the merge was scaled.
+        """
+        if self.multiplier != 1:
+            raise LossyError.of(
+                "scaled",
+                f"the merge had the scale {self.multiplier:g}, and only a whole reflection is taken back.",
+                remedy="Use the base itself.",
+            )
+        return self._reflected(factors, weight, backwards=True)
+
+    def _reflected(self, factors: Mapping[str, Tensor], weight: Weight, *, backwards: bool) -> Computed:
         from adapterhub_tools.linalg.computed import Computed
 
         vectors = _normalised(factors["u"].double().t(), self.orthogonalise)
+        if backwards:
+            vectors = vectors.flip(0)
 
         def compute(block: Tensor, row: int) -> Tensor:  # noqa: ARG001 - every row is treated alike
             if self.orthogonalise:

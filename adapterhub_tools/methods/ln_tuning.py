@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterhub_tools.errors import Problem
+from adapterhub_tools.errors import LossyError, Problem
 from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model.misfit import misfit, wrong_factor
 from adapterhub_tools.model.tensor import TensorSpec
@@ -71,6 +71,23 @@ class LNTuning:
         role = "bias" if weight.kind == "bias" else "weight"
         values = factors[role].double().reshape(weight.rows, -1)
         return Computed(weight.rows, lambda block, row: values[row : row + block.shape[0]])
+
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],  # noqa: ARG002 - nothing could help
+        weight: Weight,  # noqa: ARG002
+        aux: Mapping[str, Any],  # noqa: ARG002
+    ) -> Computed:
+        """Refuses: what was there before is not in the merged weight.
+
+        Raises:
+            LossyError: always.
+        """
+        raise LossyError.of(
+            "not-invertible",
+            "the layer was replaced, and the merged weight says nothing of the one before.",
+            remedy="Use the base itself.",
+        )
 
 
 IMPLEMENTATION = LNTuning

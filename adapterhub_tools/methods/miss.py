@@ -87,5 +87,22 @@ class MiSS:
             return block_affine(factors["block"], weight, self.multiplier)
         return tiled_sum(factors["block"], weight, self.multiplier)
 
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],
+        weight: Weight,
+        aux: Mapping[str, Any],  # noqa: ARG002 - the factors are all that is needed
+    ) -> Expression:
+        """Returns the weight before the merge: D taken off, for bat (W' − D)·(I + D)⁻¹ in blocks.
+
+        Raises:
+            LossyError: I + D has no inverse that float64 can hold.
+        """
+        from adapterhub_tools.linalg.tiles import block_affine_back, tiled_sum
+
+        if self.variant == "bat":
+            return block_affine_back(factors["block"], weight, self.multiplier)
+        return tiled_sum(factors["block"], weight, -self.multiplier)
+
 
 IMPLEMENTATION = MiSS

@@ -106,8 +106,30 @@ class OFT:
         Memory: 8·in·b bytes for the rotation, four times that while it is made. Rows of W can be taken alone;
             for ``conv1d`` b rows together.
         """
-        from adapterhub_tools.linalg.cayley import cayley, cayley_series, skew_from_triangle
         from adapterhub_tools.linalg.rotations import rotated_inputs, rotated_outputs
+
+        made = rotated_outputs if weight.kind == "embedding" else rotated_inputs
+        return made(self._rotations(factors), weight, self.multiplier)
+
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],
+        weight: Weight,
+        aux: Mapping[str, Any],  # noqa: ARG002 - the factors are all that is needed
+    ) -> Computed:
+        """Returns the weight before the merge, in float64: R⁻¹ in the place of R.
+
+        Raises:
+            LossyError: a block has no inverse that float64 can hold; Cayley's own blocks always have one.
+        """
+        from adapterhub_tools.linalg.rotations import inverse_blocks, rotated_inputs, rotated_outputs
+
+        made = rotated_outputs if weight.kind == "embedding" else rotated_inputs
+        return made(inverse_blocks(self._rotations(factors), self.multiplier), weight, 1.0)
+
+    def _rotations(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the blocks of R."""
+        from adapterhub_tools.linalg.cayley import cayley, cayley_series, skew_from_triangle
 
         entries = factors["R"].double()
         size = _size(int(entries.shape[1])) or 1
@@ -116,9 +138,7 @@ class OFT:
             radius = self.radius / float(entries.shape[0]) ** 0.5
             norms = skew.flatten(1).norm(dim=1)[:, None, None]
             skew = skew * (radius / norms.clamp(min=radius))
-        rotations = cayley_series(skew, self.terms) if self.series else cayley(skew)
-        made = rotated_outputs if weight.kind == "embedding" else rotated_inputs
-        return made(rotations, weight, self.multiplier)
+        return cayley_series(skew, self.terms) if self.series else cayley(skew)
 
 
 def _size(entries: int) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterhub_tools.errors import Problem
+from adapterhub_tools.errors import LossyError, Problem
 from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model import hyperparameters as read
 from adapterhub_tools.model.misfit import misfit, wrong_factor, wrong_kind
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _PER_OUTPUT = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}
 """Variant -> trained angles per output, as a fraction."""
+
+
+_SMALLEST_DETERMINANT = 1e-9
+"""Relative to its elements; below it, a float32 weight cannot be computed back to its own precision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +89,38 @@ class RoAd:
         Dtype:  any float in; float64 inside.
         Memory: 16·out bytes; groups of g rows of W are taken together.
         """
+        first, second = self._columns(factors["theta"].double(), factors["alpha"].double())
+        return self._mixed(first, second, weight, self.multiplier)
+
+    def inverse(
+        self,
+        factors: Mapping[str, Tensor],
+        weight: Weight,
+        aux: Mapping[str, Any],  # noqa: ARG002 - the factors are all that is needed
+    ) -> Computed:
+        """Returns the weight before the merge, in float64: each pair by the inverse of its 2×2 matrix.
+
+        Raises:
+            LossyError: a pair's matrix is singular, or nearly so.
+        """
+        first, second = self._columns(factors["theta"].double(), factors["alpha"].double())
+        first = (1 - self.multiplier) + self.multiplier * first
+        second = self.multiplier * second
+        half = self.group // 2
+        size = first[:, :half] * first[:, half:] + second[:, :half] * second[:, half:]
+        largest = (first.square() + second.square()).reshape(-1, 2, half).sum(dim=1)
+        if bool((size.abs() <= _SMALLEST_DETERMINANT * largest).any()):
+            raise LossyError.of(
+                "singular",
+                "a pair of outputs is mixed by a singular matrix, so its weights cannot be computed back.",
+                remedy="Use the base itself.",
+            )
+        both = size.repeat(1, 2)
+        return self._mixed(first.roll(half, dims=1) / both, -second / both, weight, 1.0)
+
+    def _mixed(self, first: Tensor, second: Tensor, weight: Weight, multiplier: float) -> Computed:
         from adapterhub_tools.linalg.row_groups import RowGroups
 
-        first, second = self._columns(factors["theta"].double(), factors["alpha"].double())
         half = self.group // 2
 
         def groups(some: Tensor, at: int) -> Tensor:
@@ -98,7 +131,7 @@ class RoAd:
             made[:, half:] += some[:, :half] * other[:, half:]
             return made
 
-        return RowGroups(weight, self.group, groups, self.multiplier)
+        return RowGroups(weight, self.group, groups, multiplier)
 
     def _columns(self, theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Returns α·cos θ and α·sin θ for every output, in groups."""
