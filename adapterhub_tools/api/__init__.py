@@ -12,7 +12,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.api.exchange import list_adapters, pull, push
-from adapterhub_tools.api.low_rank import convert, svd_shrink
+from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "adapter_digest",
     "content_digest",
     "convert",
+    "extract",
     "init",
     "inspect",
     "list_adapters",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
 
@@ -64,25 +64,17 @@ def svd_shrink(
     from adapterhub_tools.ops.rank_policy import RankPolicy
     from adapterhub_tools.ops.shrink_options import ShrinkOptions
 
-    choices: dict[str, object] = {
-        "rank": rank if isinstance(rank, int | str) or rank is None else list(rank),
-        "energy": energy,
-        "max_error": max_error,
-        "budget": budget,
-        "sv_ratio": sv_ratio,
-        "sv_cumulative": sv_cumulative,
-        "sv_fro": sv_fro,
-    }
+    choices = _choices(
+        rank=rank,
+        energy=energy,
+        max_error=max_error,
+        budget=budget,
+        sv_ratio=sv_ratio,
+        sv_cumulative=sv_cumulative,
+        sv_fro=sv_fro,
+    )
     options = ShrinkOptions(
-        policy=RankPolicy.of(
-            rank=rank,
-            energy=energy,
-            max_error=max_error,
-            budget=budget,
-            sv_ratio=sv_ratio,
-            sv_cumulative=sv_cumulative,
-            sv_fro=sv_fro,
-        ),
+        policy=RankPolicy.of(**choices),
         policy_options=choices,
         refit=optional_path(refit),
         dtype=dtype,
@@ -162,3 +154,94 @@ def convert(
         dry_run=dry_run,
     )
     return op.convert(local_path(adapter), optional_path(out), options, progress)
+
+
+def extract(
+    base: Reference,
+    tuned: Reference,
+    out: Reference | None,
+    *,
+    rank: int | str | Sequence[int | str] | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    budget: str | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    dtype: str = "float32",
+    leave_out: Sequence[str] = (),
+    allow_lossy: bool = False,
+    seed: int = 0,
+    plot: Reference | None = None,
+    replace: bool = False,
+    allow_replace_gap: bool = False,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> LowRankReport:
+    """Extracts a LoRA adapter from a tuned model: what takes the base to it, at chosen ranks.
+
+    Args:
+        base: the base's folder or ``.safetensors`` file.
+        tuned: the tuned model's.
+        out: the folder to write; None only with ``dry_run``.
+        rank: one rank for all matrices, ``"PATTERN=RANK"`` for those whose path ends in a pattern, or
+            several.
+        energy: the share of the squared singular values that each matrix keeps.
+        max_error: the relative error that each matrix may have, in the Frobenius norm.
+        budget: the size of the whole adapter, ``"2M"`` parameters or ``"8MiB"``; or ``"5%"`` of the changed
+            matrices.
+        sv_ratio: singular values above the largest over this are kept.
+        sv_cumulative: the share of the sum of singular values that each matrix keeps.
+        sv_fro: the share of the Frobenius norm that each matrix keeps.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the factors.
+        leave_out: tensors, by the end of their names in memory, that are left out and listed.
+        allow_lossy: whether changes that no adapter can express may be left out.
+        seed: of the random sketches.
+        plot: a picture of the spectra, ``.png`` or ``.svg``.
+        replace: whether an existing folder may be replaced.
+        allow_replace_gap: whether that may leave a moment without a folder.
+        threads: the number of workers; None chooses.
+        dry_run: whether to compute and report without writing.
+        progress: told how far it is.
+
+    Raises:
+        FormatError: a file is broken, or holds NaN or infinities.
+        MismatchError: no policy, or models that do not fit each other or do not differ.
+        UnsupportedError: one of them is quantised.
+        LossyError: changes that no adapter can express, unless allowed.
+        StoreError: could not read or write; the destination is untouched.
+    """
+    from adapterhub_tools.ops import extract as op
+    from adapterhub_tools.ops.extract_options import ExtractOptions
+    from adapterhub_tools.ops.rank_policy import RankPolicy
+
+    choices = _choices(
+        rank=rank,
+        energy=energy,
+        max_error=max_error,
+        budget=budget,
+        sv_ratio=sv_ratio,
+        sv_cumulative=sv_cumulative,
+        sv_fro=sv_fro,
+    )
+    options = ExtractOptions(
+        policy=RankPolicy.of(**choices),
+        policy_options=choices,
+        dtype=dtype,
+        leave_out=tuple(leave_out),
+        allow_lossy=allow_lossy,
+        seed=seed,
+        plot=optional_path(plot),
+        replace=replace,
+        allow_replace_gap=allow_replace_gap,
+        threads=threads,
+        dry_run=dry_run,
+    )
+    return op.extract(local_path(base), local_path(tuned), optional_path(out), options, progress)
+
+
+def _choices(**policies: Any) -> dict[str, Any]:
+    """Returns the policies in a form that a history can keep."""
+    rank = policies["rank"]
+    return {**policies, "rank": rank if isinstance(rank, int | str) or rank is None else list(rank)}

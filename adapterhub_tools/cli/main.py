@@ -17,6 +17,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base, exactly.",
     "svd-shrink": "Lower the ranks of an adapter.",
     "convert": "Write an adapter as another method.",
+    "extract": "Make an adapter of what a tuned model changed.",
     "push": "Publish an adapter on the Hub or in a registry.",
     "pull": "Bring an adapter from the Hub or a registry, verified.",
     "list": "Say what a registry holds, or the versions of an adapter.",
