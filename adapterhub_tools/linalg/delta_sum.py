@@ -71,7 +71,7 @@ class DeltaSum:
 
         An exactly zero delta keeps the sign of a zero w; any other exact zero is +0.
         """
-        delta, safe = self._delta(rows, columns)
+        delta, safe = self.delta_at(rows, columns)
         safe &= in_safe_range(start)
         untouched = (delta.high == 0) & (delta.low == 0) & (delta.missing == 0)
         with np.errstate(all="ignore"):
@@ -84,7 +84,7 @@ class DeltaSum:
         bits[untouched & safe & (start == 0) & np.signbit(start)] = minus
         return bits
 
-    def _delta(self, rows: IntArray, columns: IntArray) -> tuple[Accumulator, npt.NDArray[np.bool_]]:
+    def delta_at(self, rows: IntArray, columns: IntArray) -> tuple[Accumulator, npt.NDArray[np.bool_]]:
         """Returns the sum of the deltas at points, and where that can be relied on."""
         total = Accumulator.start(np.zeros(len(rows)))
         safe = np.ones(len(rows), dtype=np.bool_)
@@ -107,12 +107,16 @@ class DeltaSum:
             total.high[inside], total.low[inside], total.missing[inside] = part.high, part.low, part.missing
         return total, safe
 
-    def _exact_point(self, row: int, column: int, start: float, to: FloatFormat) -> int:
+    def exact_parts(self, row: int, column: int, start: float) -> list[tuple[Fraction, int]]:
+        """Returns the exact value at a point as Σ c·√d: pairs (c, square-free d)."""
         parts = [(Fraction(start), 1)]
         for term in self.terms:
             if term.row <= row < term.row_end and term.column <= column < term.column_end:
                 parts += term.exact_parts(row - term.row, column - term.column)
-        value, sign = round_surd_sum(parts, to)
+        return parts
+
+    def _exact_point(self, row: int, column: int, start: float, to: FloatFormat) -> int:
+        value, sign = round_surd_sum(self.exact_parts(row, column, start), to)
         if value == 0 and sign == 0 and str(start) == "-0.0":
             # w is -0, so x is the delta: exactly zero, which keeps w.
             sign = -1

@@ -24,7 +24,9 @@ class Expression(Protocol):
         exact: True if ``exact_bits`` rounds the exact x; False if x is whatever ``evaluate`` gives in
             float64.
         identity: True if x = w everywhere (a cast).
-        bounds: M, one for each row: |computed − x| <= unit · (|computed| + 2·M); 0 only where x = w.
+        bounds: M, one for each row: |computed − x| <= unit · (|computed| + 2·M); 0 only where x = w. An
+            expression may learn M of a row from w itself: the array then holds it once the row was evaluated,
+            and infinity before.
         unit: see ``bounds``; 0 where a computed value counts as x.
         inner: how many values ``exact_bits`` gathers for a point; at least 1.
     """

@@ -132,6 +132,7 @@ class BlockRounder:
         if largest != 0.0:
             # Where it is 0, x is w, and a product of zero must not turn -0 into +0.
             self._expression.evaluate(wide, row)
+            largest = float(bounds.max(initial=0.0))
         if self._to.name == "F64":
             out.copy_(wide)
             flags = ~np.isfinite(out.numpy())

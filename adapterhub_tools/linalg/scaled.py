@@ -31,6 +31,8 @@ def scaled(product: Accumulator, scale: Surd) -> Accumulator:
     """
     product.normalise()
     high, low, bound = scale.as_double_double()
+    if high == 1.0 and low == 0.0 and bound == 0.0:
+        return product
     part = Accumulator.start(np.zeros_like(product.high))
     for factor in (product.high, product.low):
         main, rest = two_product(factor, np.full_like(factor, high))

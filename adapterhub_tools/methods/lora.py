@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterhub_tools.errors import Problem
+from adapterhub_tools.linalg.factors import check_product, low_rank
 from adapterhub_tools.linalg.surd import Surd, scaling_of
-from adapterhub_tools.linalg.weight import TRANSPOSED, Weight
+from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -69,23 +70,7 @@ class LoRA:
         """
         if kind == "bias":
             return _check_bias(factors["bias"], base, module)
-        a, b = factors["A"], factors["B"]
-        expected = product_shape(a.shape, b.shape, kind)
-        if expected == base.shape:
-            return ()
-        found = "×".join(map(str, base.shape))
-        wanted = "×".join(map(str, expected))
-        remedy = "Use the base that the adapter was trained on."
-        if kind in ("conv2d", "convnd") and len(base.shape) == len(expected) and base.shape[1] != expected[1]:
-            remedy = "A convolution with groups cannot take a merged LoRA; PEFT does not merge it either."
-        return (
-            Problem(
-                kind="shape",
-                loc=module,
-                message=f"the factors give a {wanted} weight, but {base.name} of the base is {found}.",
-                remedy=remedy,
-            ),
-        )
+        return check_product(factors["A"], factors["B"], kind, base, module)
 
     def bias_roles(
         self,
@@ -103,23 +88,19 @@ class LoRA:
         Dtype:  any float in; float64 factors out.
         Memory: 8 bytes per value of the factors.
         """
+        if weight.kind != "bias":
+            return low_rank(factors["A"], factors["B"], weight, self.scale)
+
         from adapterhub_tools.linalg.low_rank import LowRankTerm
 
-        exact = all(tensor.element_size() <= 4 for tensor in factors.values())
-        if weight.kind == "bias":
-            left = factors["bias"].double().reshape(-1, 1)
-            right = left.new_ones(1, 1)
-        else:
-            a = factors["A"].double().flatten(1)
-            b = factors["B"].double().flatten(1)
-            left, right = (a.t(), b.t()) if weight.transposed else (b, a)
+        bias = factors["bias"]
+        left = bias.double().reshape(-1, 1)
         return LowRankTerm(
-            left=left.contiguous(),
-            right=right.contiguous(),
+            left=left,
+            right=left.new_ones(1, 1),
             scale=self.scale,
-            exact_products=exact,
+            exact_products=bias.element_size() <= 4,
             row=weight.row,
-            column=weight.column,
         )
 
 
@@ -138,16 +119,3 @@ def _check_bias(bias: TensorSpec, base: TensorSpec, module: str) -> tuple[Proble
 
 
 IMPLEMENTATION = LoRA
-
-
-def product_shape(a: tuple[int, ...], b: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """Returns the shape of the weight that factors of these shapes change.
-
-    Args:
-        a: (rank, in), or (rank, in, k, …) for a convolution.
-        b: (out, rank), or (out, rank, 1, …).
-        kind: the module's kind.
-    """
-    if kind in TRANSPOSED:
-        return (a[1], b[0])
-    return (b[0], *a[1:])

@@ -184,6 +184,8 @@ def _module(
     hparams["fan_in_fan_out"] = settings.fan_in_fan_out and kind in ("linear", "conv1d")
     if depth and expert:
         hparams["nesting"] = depth
+    if settings.merged_linear:
+        hparams["enable_lora"] = settings.enable_lora
     if path in lora.grouped:
         hparams["groups"] = factors["A"].shape[0] // max(factors["B"].shape[1], 1)
     return TargetModule(path=path, method=method, kind=kind, hparams=hparams, factors=factors)

@@ -40,7 +40,8 @@ class Settings:
         self.rslora = config.get("use_rslora") is True
         self.fan_in_fan_out = config.get("fan_in_fan_out") is True
         self.blocks = isinstance(config.get("use_bdlora"), dict)
-        self.merged_linear = bool(config.get("enable_lora"))
+        self.enable_lora = config.get("enable_lora")
+        self.merged_linear = bool(self.enable_lora)
         self.lora_bias = config.get("lora_bias") is True
         self.dora = config.get("use_dora") is True
         self.kasa = isinstance(config.get("kasa_config"), dict)
