@@ -1,4 +1,4 @@
-"""Weights whose inputs are rotated block by block: W·Rᵀ in whichever layout W is stored."""
+"""Weights that are rotated block by block along their columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from adapterhub_tools.errors import LossyError
 from adapterhub_tools.linalg.computed import Computed
-from adapterhub_tools.linalg.row_groups import RowGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,24 +60,15 @@ def rotate_columns(block: Tensor, rotations: Tensor) -> Tensor:
 
 
 def rotated_inputs(rotations: Tensor, weight: Weight, multiplier: float) -> Computed:
-    """Returns W' with W'·x = W·Rᵀ·x, R block-diagonal.
+    """Returns W·Rᵀ for a weight stored as (out, in…), R block-diagonal.
 
-    W stored as (out, in) is multiplied by Rᵀ from the right, stored as (in, out) by R from the left. The
-    error of an element is at most (b + 2)·2⁻⁵³·|W|·|R|ᵀ.
+    The error of an element is at most (b + 2)·2⁻⁵³·|W|·|R|ᵀ. Any rows can be taken alone.
 
     Args:
         rotations: the blocks of R, float64, shape (k, b, b), or (1, b, b) for the same one everywhere.
         weight: W.
         multiplier: of W' − W.
     """
-    size = int(rotations.shape[-1])
-    if weight.transposed:
-
-        def groups(some: Tensor, first: int) -> Tensor:
-            own = rotations if rotations.shape[0] == 1 else rotations[first : first + some.shape[0]]
-            return own @ some
-
-        return RowGroups(weight, size, groups, multiplier)
     turned = rotations.transpose(1, 2).contiguous()
     return Computed(weight.rows, lambda block, _: rotate_columns(block, turned), multiplier)
 

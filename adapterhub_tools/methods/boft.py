@@ -49,25 +49,22 @@ class BOFT:
 
         Args:
             factors: ``"R"`` (N, blocks, b, b) and ``"s"``, out values.
-            kind: ``"linear"``, ``"conv1d"`` or ``"conv2d"``.
+            kind: ``"linear"`` or ``"conv2d"``.
             base: the base weight as stored.
             module: the module's path, for the message.
         """
         blocks, scale = factors["R"], factors["s"]
-        if kind not in ("linear", "conv1d", "conv2d") or len(base.shape) < 2:
-            return (wrong_kind(module, kind, ("linear", "conv1d", "conv2d")),)
+        if kind not in ("linear", "conv2d") or len(base.shape) < 2:
+            return (wrong_kind(module, kind, ("linear", "conv2d")),)
         if len(blocks.shape) != 4 or blocks.shape[2] != blocks.shape[3]:
             return (wrong_factor(module, blocks, "square blocks, four axes"),)
         count, number, size, _ = blocks.shape
         halvings = 1 << (count - 1)
         if count > 1 and (size % 2 or number % halvings):
             return (wrong_factor(module, blocks, f"even blocks, a multiple of {halvings} of them"),)
-        inner = base.shape[0] if kind == "conv1d" else prod(base.shape[1:])
-        out = prod(base.shape[1:]) if kind == "conv1d" else base.shape[0]
-        if scale.elements != out:
-            return misfit(
-                module, base, (inner, scale.elements) if kind == "conv1d" else (scale.elements, inner)
-            )
+        inner = prod(base.shape[1:])
+        if scale.elements != base.shape[0]:
+            return misfit(module, base, (scale.elements, inner))
         if number * size == inner:
             return ()
         message = f"{number} blocks of {size} do not rotate the {inner} inputs of {base.name}."
@@ -78,8 +75,8 @@ class BOFT:
 
         Shapes: R (N, blocks, b, b), s out values; a convolution counts as (out, in·kh·kw).
         Dtype:  any float in; float64 inside.
-        Memory: 8·N·in·b bytes for the rotations, four times that while they are made. Rows of W can be taken
-            alone; for ``conv1d`` the weight is needed whole: 16 bytes per value.
+        Memory: 8·N·in·b bytes for the rotations, four times that while they are made. Any rows of W can be
+            taken alone.
         """
         return self._rotated(factors, weight, backwards=False)
 
@@ -112,7 +109,6 @@ class BOFT:
         from adapterhub_tools.linalg.cayley import cayley
         from adapterhub_tools.linalg.computed import Computed
         from adapterhub_tools.linalg.rotations import rotate_columns
-        from adapterhub_tools.linalg.row_groups import RowGroups
 
         stored = factors["R"].double()
         count, number, size, _ = (int(n) for n in stored.shape)
@@ -125,25 +121,17 @@ class BOFT:
             levels.reverse()
             scale = 1 / scale
 
-        def rotate(rows: Tensor) -> Tensor:
+        def compute(block: Tensor, row: int) -> Tensor:
             for order, rotations in levels:
                 if order is None:
-                    rows = rotate_columns(rows, rotations)
+                    block = rotate_columns(block, rotations)
                     continue
                 # P·D·Pᵀ: take the columns in that order, rotate, put them back.
-                rotated = rotate_columns(rows[:, order[1]], rotations)
-                rows = rotated[:, order[0]]
-            return rows
+                rotated = rotate_columns(block[:, order[1]], rotations)
+                block = rotated[:, order[0]]
+            return block * scale[row : row + block.shape[0], None]
 
-        def flat(block: Tensor, row: int) -> Tensor:
-            return rotate(block) * scale[row : row + block.shape[0], None]
-
-        def whole(groups: Tensor, _: int) -> Tensor:
-            return (rotate(groups[0].t()) * scale[:, None]).t().reshape(groups.shape)
-
-        if weight.transposed:
-            return RowGroups(weight, weight.rows, whole, self.multiplier)
-        return Computed(weight.rows, flat, self.multiplier)
+        return Computed(weight.rows, compute, self.multiplier)
 
 
 def _butterfly(number: int, size: int, level: int, count: int) -> tuple[Tensor, Tensor] | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from adapterhub_tools.linalg.computed import Computed
 
-_KINDS = ("linear", "conv1d", "embedding", "conv2d")
+_KINDS = ("linear", "embedding", "conv2d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class OFT:
 
         Args:
             factors: ``"R"`` (blocks, b·(b − 1)/2): strict upper triangles, row by row.
-            kind: ``"linear"``, ``"conv1d"``, ``"embedding"``, or ``"conv2d"`` with a 1×1 kernel.
+            kind: ``"linear"``, ``"embedding"``, or ``"conv2d"`` with a 1×1 kernel.
             base: the base weight as stored.
             module: the module's path, for the message.
         """
@@ -90,7 +90,7 @@ class OFT:
             )
         if len(entries.shape) != 2 or _size(entries.shape[1]) is None:
             return (wrong_factor(module, entries, "[blocks, b·(b − 1)/2] for a block size b"),)
-        inner = base.shape[0] if kind == "conv1d" else base.shape[1]
+        inner = base.shape[1]
         size = _size(entries.shape[1]) or 1
         blocks = inner // size if self.shared and inner % size == 0 else entries.shape[0]
         if blocks * size == inner and (not self.shared or entries.shape[0] == 1):
@@ -103,8 +103,8 @@ class OFT:
 
         Shapes: R (blocks, b·(b − 1)/2).
         Dtype:  any float in; float64 inside.
-        Memory: 8·in·b bytes for the rotation, four times that while it is made. Rows of W can be taken alone;
-            for ``conv1d`` b rows together.
+        Memory: 8·in·b bytes for the rotation, four times that while it is made. Any rows of W can be
+            taken alone.
         """
         from adapterhub_tools.linalg.rotations import rotated_inputs, rotated_outputs
 
