@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from types import TracebackType
 
 from adapterhub_tools.store.directory import StagedDirectory, flush, write_all
+
+_WRITE_BACK_BYTES = 16 << 20
 
 
 class StagedFile:
@@ -15,6 +18,7 @@ class StagedFile:
         self._staged = staged
         self._relative = relative
         self._fd = -1
+        self._pending = 0
 
     def __enter__(self) -> StagedFile:
         """Creates the file.
@@ -35,6 +39,13 @@ class StagedFile:
             write_all(self._fd, data)
         except OSError as error:
             raise self._staged.error(error, "write it", self._relative) from error
+        self._pending += len(data)
+        if self._pending >= _WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
+            # The kernel begins to write these pages now, so that little is left to wait for at the end.
+            with suppress(OSError):  # advice only
+                end = os.lseek(self._fd, 0, os.SEEK_CUR)
+                os.posix_fadvise(self._fd, end - self._pending, self._pending, os.POSIX_FADV_DONTNEED)
+            self._pending = 0
 
     def restart(self) -> None:
         """Empties the file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,7 @@ _PIECE_BYTES = 1 << 20
 _SAMPLE_BYTES = 512
 _MAX_REGULAR_BYTES = 100 << 20
 _MAX_PARTS = 10_000
+_SENDERS = 3  # parts that are sent at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,14 +265,22 @@ def _put_parts(
     wrong = sorted(urls) != list(range(1, count + 1)) or not all(isinstance(u, str) for u in urls.values())
     if wrong or not 0 < count <= _MAX_PARTS:
         raise bad_answer(f"the parts that it asks for do not make up {file.size:,} bytes")
-    parts = []
-    for number in range(1, count + 1):
+
+    def send(number: int) -> dict[str, Any]:
         begin = (number - 1) * size
         answer = _put(repository, urls[number], file, begin, min(size, file.size - begin), advance)
         etag = answer.headers.get("etag", "")
         if not etag:
             raise bad_answer(f"it gives no ETag for part {number}")
-        parts.append({"partNumber": number, "etag": etag})
+        return {"partNumber": number, "etag": etag}
+
+    with ThreadPoolExecutor(_SENDERS, thread_name_prefix="adaptertool-part") as pool:
+        sent = [pool.submit(send, number) for number in range(1, count + 1)]
+        try:
+            parts = [part.result() for part in sent]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     repository.transport.json(
         "POST",
         href,

@@ -156,6 +156,12 @@ class LocalFile:
         Raises:
             StoreError: the bytes cannot be read, or there are fewer than when the file was opened.
         """
+        try:
+            data = os.pread(self._fd, min(length, _READ_MAX), offset)
+        except OSError as error:
+            raise store_error(error, f"read at byte {offset}", self._name) from error
+        if len(data) == length:
+            return data
         buffer = bytearray(length)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)

@@ -41,6 +41,8 @@ def test_reading(path: Path) -> None:
 def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = os.preadv
     monkeypatch.setattr(files.os, "preadv", lambda fd, views, at: read(fd, [views[0][:7]], at))
+    whole = os.pread
+    monkeypatch.setattr(files.os, "pread", lambda fd, length, at: whole(fd, min(length, 7), at))
     with LocalFile(path, name="shown") as source:
         assert source.read(0, 256) == bytes(range(256))
 
@@ -55,6 +57,7 @@ def test_a_device_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(files.os, "preadv", fail)
+    monkeypatch.setattr(files.os, "pread", fail)
     with (
         LocalFile(path, name="shown") as source,
         pytest.raises(StoreError, match="shown: could not read at byte 3"),
