@@ -32,7 +32,8 @@ def inverse_blocks(blocks: Tensor, multiplier: float) -> Tensor:
     one = torch.eye(blocks.shape[-1], dtype=blocks.dtype)
     whole = (1 - multiplier) * one + multiplier * blocks
     inverse, info = torch.linalg.inv_ex(whole)
-    condition = whole.flatten(1).norm(dim=1) * inverse.flatten(1).norm(dim=1)
+    # The sum has an error of order 2^-53 of its parts, however small it is itself.
+    condition = whole.flatten(1).norm(dim=1).clamp(min=1) * inverse.flatten(1).norm(dim=1)
     worst = float(condition.max())
     if bool(info.any()) or not worst <= _WORST_CONDITION:
         raise LossyError.of(
