@@ -176,7 +176,8 @@ class StreamedSource(RangeSource):
         self._current: tuple[int, bytes] = (-1, b"")
         self._count = -(-file.size // WINDOW_BYTES)
         self._check = ContentCheck(file)
-        self._digests: list[bytes] = []
+        self._hashed = 0  # windows that the check has taken, in their order
+        self._digests: dict[int, bytes] = {}
         self._in_order = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> None:
@@ -205,8 +206,8 @@ class StreamedSource(RangeSource):
             IntegrityError: it is other content.
             HubError: the rest of it cannot be had.
         """
-        while len(self._digests) < self._count:
-            self._window(len(self._digests))
+        while self._hashed < self._count:
+            self._window(self._hashed)
         self._check.raise_if_other()
 
     def close(self) -> None:
@@ -220,9 +221,10 @@ class StreamedSource(RangeSource):
     def _window(self, index: int) -> bytes:
         """Returns a window, begins the ones after it, and forgets the ones before."""
         with self._in_order:
-            # What was left out before it is hashed too, once, in its order.
-            for number in range(len(self._digests), index):
-                self._take(number)
+            # A small gap is hashed too, in its order; a large one only if the whole file is checked.
+            if index - self._hashed <= WINDOWS_AHEAD:
+                for number in range(self._hashed, index):
+                    self._take(number)
             return self._take(index)
 
     def _take(self, index: int) -> bytes:
@@ -243,15 +245,13 @@ class StreamedSource(RangeSource):
         from blake3 import blake3
 
         digest = blake3(data).digest()
-        if index == len(self._digests):
-            begin = index * WINDOW_BYTES
-            head = self._head[begin : begin + len(data)]
-            if head != data[: len(head)]:
-                raise self._other_bytes()
-            self._check.update(data)
-            self._digests.append(digest)
-        elif self._digests[index] != digest:
+        begin = index * WINDOW_BYTES
+        head = self._head[begin : begin + len(data)]
+        if self._digests.setdefault(index, digest) != digest or head != data[: len(head)]:
             raise self._other_bytes()
+        if index == self._hashed:
+            self._check.update(data)
+            self._hashed += 1
 
     def _other_bytes(self) -> IntegrityError:
         return IntegrityError.of(

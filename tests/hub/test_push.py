@@ -140,7 +140,7 @@ def test_a_card_in_the_folder_is_sent_and_an_unfilled_template_is_not(
     mine = hub_server.files(repo)["README.md"].decode()
     assert "# Mine" in mine
     assert "license: mit" in mine
-    template = "---\nbase_model: /home/me/base\n---\n# Model Card for Model ID\n" + (
+    template = "---\nbase_model: /data/base\n---\n# Model Card for Model ID\n" + (
         "[More Information Needed]\n" * 20
     )
     (adapter / "README.md").write_text(template, encoding="utf-8")
@@ -148,7 +148,7 @@ def test_a_card_in_the_folder_is_sent_and_an_unfilled_template_is_not(
     kept = hub_server.files(repo)["README.md"].decode()
     assert "# Mine" in kept
     assert "More Information Needed" not in kept
-    assert "/home/me" not in kept
+    assert "/data" not in kept
 
 
 def test_a_dry_run_sends_nothing_and_says_what_would_change(

@@ -35,10 +35,10 @@ def random_base(folder: Path, *, rows: int, shards: int) -> Path:
     from tests.tiny_files import base_tensors
 
     tensors = base_tensors()
-    words = random.Random(7).randbytes(4 * rows * 8)
-    values = struct.pack(
-        f"<{rows * 8}I", *(0x3F800000 | w & 0x7FFFFF for w in struct.unpack(f"<{rows * 8}I", words))
-    )
+    # A pattern that no window repeats: its length and that of a window have no common divisor but 4.
+    words = struct.unpack("<10007I", random.Random(7).randbytes(4 * 10007))
+    pattern = struct.pack("<10007I", *(0x3F800000 | word & 0x7FFFFF for word in words))
+    values = (pattern * (rows * 8 // 10007 + 1))[: rows * 8 * 4]
     tensors["model.embed_tokens.weight"] = ("F32", (rows, 8), values)
     names = list(tensors)
     if shards == 1:
@@ -129,6 +129,26 @@ def test_a_base_that_streams_gives_the_same_bytes(
     assert {name for name in local if local[name] != remote[name]} <= {"merge_receipt.json"}
     assert any("streamed" in note for note in report["notes"])
     assert done(client.run("hash", f"hf://{base_repo}", "--json"))["digest"] == report["base_digest"]
+
+
+def test_checking_the_targets_alone_reads_the_targets_alone(
+    hub_server: HubServer, client: ForkedClient, tmp_path: Path
+) -> None:
+    base = random_base(tmp_path / "base", rows=2_500_000, shards=1)  # 80 MB of embedding that nothing targets
+    adapter = make_adapter(tmp_path / "adapter")
+    done(client.run("init", adapter, "--base", base, "--json"))
+    repo = seed_folder(hub_server, base)
+    done(client.run("validate", adapter, "--base", f"hf://{repo}", "--check-base", "targets", "--json"))
+    spans = [r["range"].removeprefix("bytes=").split("-") for r in hub_server.requests("cdn") if r["range"]]
+    assert sum(int(end) - int(begin) + 1 for begin, end in spans) < 10_000_000
+    other = random_base(tmp_path / "other", rows=2_500_000, shards=1)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-200] ^= 1  # in a target of the second layer, or in the norm behind it
+    (other / "model.safetensors").write_bytes(data)
+    repo = seed_folder(hub_server, other)
+    ran = client.run("validate", adapter, "--base", f"hf://{repo}", "--json")
+    assert ran.code == 1
+    assert "base-digest" in {problem["kind"] for problem in ran.json["problems"]}
 
 
 def test_a_streamed_base_survives_cuts_and_stalls(
