@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         pull,
         push,
         svd_shrink,
+        unmerge,
         validate,
     )
     from adapterhub_tools.errors import (
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.inspect import AdapterReport
     from adapterhub_tools.ops.merge import MergeReport
     from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
+    from adapterhub_tools.ops.unmerge_report import UnmergeReport
     from adapterhub_tools.ops.validation_report import ValidationReport
 
 __version__ = VERSION
@@ -74,6 +76,7 @@ _HOMES = {
         "pull",
         "push",
         "svd_shrink",
+        "unmerge",
         "validate",
     ),
     "errors": (
@@ -102,6 +105,7 @@ _HOMES = {
     "ops.inspect": ("AdapterReport",),
     "ops.merge": ("MergeReport",),
     "ops.shrink_report": ("LowRankReport", "ModuleReport"),
+    "ops.unmerge_report": ("UnmergeReport",),
     "ops.validation_report": ("ValidationReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -136,6 +140,7 @@ __all__ = [
     "StoreError",
     "TargetModule",
     "TensorSpec",
+    "UnmergeReport",
     "UnsupportedError",
     "UnsupportedVersionError",
     "ValidationReport",
@@ -152,6 +157,7 @@ __all__ = [
     "pull",
     "push",
     "svd_shrink",
+    "unmerge",
     "validate",
 ]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterhub_tools.api.exchange import list_adapters, pull, push
 from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
+from adapterhub_tools.api.proof import unmerge
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -39,6 +40,7 @@ __all__ = [
     "pull",
     "push",
     "svd_shrink",
+    "unmerge",
     "validate",
 ]
 
@@ -227,6 +229,7 @@ def merge(
     check_base: str = "full",
     accept_embeddings: bool = False,
     adapter_tokenizer: bool = False,
+    undo: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges adapters into a base: each weight is the correctly rounded value of the exact formula.
@@ -246,6 +249,7 @@ def merge(
         check_base: which of the manifest's base digests to compare: ``"full"``, ``"targets"`` or ``"off"``.
         accept_embeddings: whether the adapter may replace embeddings that its config does not mention.
         adapter_tokenizer: whether to write the adapter's tokenizer and template instead of the base's.
+        undo: whether to write also what brings the base back, bit for bit; see ``unmerge``.
         progress: told how far it is.
 
     Raises:
@@ -272,6 +276,7 @@ def merge(
         check_base=check_base,
         accept_embeddings=accept_embeddings,
         adapter_tokenizer=adapter_tokenizer,
+        undo=undo,
     )
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
     with resolve.base_files(base) as opened, resolve.adapter_folders(adapters) as folders:

@@ -55,6 +55,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @click.option(
     "--adapter-tokenizer", is_flag=True, help="Take tokenizer and chat template from the adapter's folder."
 )
+@click.option("--undo", is_flag=True, help="Also write what brings the base back, bit for bit.")
 @standard_options
 def command(
     base: str,
@@ -70,6 +71,7 @@ def command(
     check_base: str,
     accept_embeddings: bool,
     adapter_tokenizer: bool,
+    undo: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -95,6 +97,7 @@ def command(
         check_base=check_base,
         accept_embeddings=accept_embeddings,
         adapter_tokenizer=adapter_tokenizer,
+        undo=undo,
         progress=progress_for(output),
     )
     if as_json:
@@ -110,6 +113,7 @@ def command(
                 ("tensors written", report.tensors),
                 ("bytes", f"{report.nbytes:,} ({size_text(report.nbytes)})"),
                 ("buffers", f"{report.peak_bytes:,} ({size_text(report.peak_bytes)})"),
+                ("undo file", None if report.undo_bytes is None else f"{report.undo_bytes:,} bytes"),
                 ("base digest", report.base_digest),
                 ("decided exactly", None if dry_run else f"{report.resolved:,} values"),
             ),

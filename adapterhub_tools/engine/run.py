@@ -20,6 +20,7 @@ import torch
 
 from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers
 from adapterhub_tools.engine.tensor_job import Stopped, Surroundings, hash_range, run_step
+from adapterhub_tools.engine.undo_step import UndoJob
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
 from adapterhub_tools.model.plan import ByteRange, Plan, Step
 from adapterhub_tools.model.protocols import OpenSource, Progress
@@ -67,6 +68,7 @@ def run(
     threads: int,
     device: str,
     progress: Progress,
+    undo: Mapping[str, UndoJob] | None = None,
 ) -> RunResult:
     """Writes every file of the plan into a folder, durably.
 
@@ -79,6 +81,7 @@ def run(
         threads: the number of workers, at least 1.
         device: ``"cpu"`` or ``"cuda"``.
         progress: told the bytes read.
+        undo: output tensor -> what to keep of its step, so that it can be undone.
 
     Raises:
         FormatError: NaN or infinity in an input that is computed with.
@@ -115,7 +118,10 @@ def run(
         progress.start("merging", plan.read_bytes)
         jobs: list[Step | ByteRange] = [*plan.steps, *plan.digest_only]
         for count in _in_threads(
-            jobs, lambda job, buffers: _run_job(job, writers, around, buffers, result, lock), threads, failed
+            jobs,
+            lambda job, buffers: _run_job(job, writers, around, buffers, result, lock, undo or {}),
+            threads,
+            failed,
         ):
             resolved += count
         for writer in writers.values():
@@ -138,13 +144,14 @@ def _run_job(
     buffers: Buffers,
     result: RunResult,
     lock: threading.Lock,
+    undo: Mapping[str, UndoJob],
 ) -> int:
     if isinstance(job, ByteRange):
         digest = hash_range(job, around, buffers)
         with lock:
             result.base[job.spec.name] = digest
         return 0
-    outcome = run_step(job, writers[job.file], around, buffers)
+    outcome = run_step(job, writers[job.file], around, buffers, undo.get(job.output.name))
     with lock:
         result.outputs[job.output.name] = outcome.output_digest
         if job.base_name is not None and outcome.base_digest is not None:

@@ -17,10 +17,12 @@ from adapterhub_tools.engine.buffers import (
     torch_dtype,
 )
 from adapterhub_tools.engine.formula import formula
+from adapterhub_tools.engine.undo_step import StepRecorder, UndoJob, record_whole
 from adapterhub_tools.errors import AdapterError, FormatError, LossyError
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS
 from adapterhub_tools.linalg.rounding import BlockRounder, NonFinite
+from adapterhub_tools.model.undo import ZERO
 from adapterhub_tools.store.digest import TensorHasher
 
 if TYPE_CHECKING:
@@ -82,17 +84,29 @@ def hash_range(item: ByteRange, around: Surroundings, buffers: Buffers) -> bytes
     return hasher.digest()
 
 
-def run_step(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buffers) -> Outcome:
+def run_step(
+    step: Step, writer: RangeWriter, around: Surroundings, buffers: Buffers, undo: UndoJob | None = None
+) -> Outcome:
     """Runs a step and returns its digests.
+
+    Args:
+        step: what to do.
+        writer: the output file.
+        around: what all steps share.
+        buffers: the worker's.
+        undo: what to keep so that the step can be undone; None for nothing.
 
     Raises:
         FormatError: NaN or infinity in the base tensor or in the adapter.
         LossyError: a result overflows the output dtype.
         StoreError: the base cannot be read.
     """
+    if undo is not None and undo.predictor == ZERO:
+        record_whole(undo, around.open_source)
+        undo = None
     if step.action == "copy":
         return _copy(step, writer, around, buffers)
-    return _compute(step, writer, around, buffers)
+    return _compute(step, writer, around, buffers, undo)
 
 
 def _copy(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buffers) -> Outcome:
@@ -109,7 +123,9 @@ def _copy(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buffer
     return Outcome(output_digest=digest, base_digest=digest if wanted else None, resolved=0)
 
 
-def _compute(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buffers) -> Outcome:
+def _compute(
+    step: Step, writer: RangeWriter, around: Surroundings, buffers: Buffers, undo: UndoJob | None
+) -> Outcome:
     source = around.open_source(step.start.uri)
     rows, columns = matrix_shape(step.output.shape)
     start_dtype, out_dtype = torch_dtype(step.start.spec.dtype), torch_dtype(step.output.dtype)
@@ -125,6 +141,7 @@ def _compute(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buf
         keep_non_finite=step.action == "cast",
     )
     patch = None if step.patch is None else _patch_rows(step, step.patch, around)
+    recorder = None if undo is None else StepRecorder(step, undo, around.open_source, around.device)
     base_hasher = None
     if step.base_name is not None and around.hash_base(step.base_name):
         base_hasher = TensorHasher(around.algorithm, step.start.spec)
@@ -146,6 +163,8 @@ def _compute(step: Step, writer: RangeWriter, around: Surroundings, buffers: Buf
             for index, row in enumerate(step.patch.rows):
                 if first <= row < first + count:
                     out[row - first] = patch[index]
+        if recorder is not None:
+            recorder.add(start, out, first)
         out_hasher.update(memory_of(out_bytes))
         if out_row:
             writer.write(memory_of(out_bytes), step.offset + first * out_row)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from adapterhub_tools.model.undo import UNDO_FILE
+
 RECEIPT_FILE = "merge_receipt.json"
 RECEIPT_VERSION = "1.0"
 
@@ -89,6 +91,23 @@ class ReceiptTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptUndo:
+    """The undo file of a merge.
+
+    Attributes:
+        size: its bytes.
+        sha256: of them, in hexadecimal.
+    """
+
+    size: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field, and the file's name."""
+        return {"file": UNDO_FILE, "size": self.size, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What a merge did.
 
@@ -104,6 +123,7 @@ class Receipt:
         side_files: other file -> SHA-256.
         tensors: every written tensor, by name.
         notes: what was decided by rule.
+        undo: the undo file, if one was asked for.
     """
 
     tool_version: str
@@ -117,6 +137,7 @@ class Receipt:
     side_files: dict[str, str]
     tensors: tuple[ReceiptTensor, ...]
     notes: tuple[str, ...]
+    undo: ReceiptUndo | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the receipt as it stands in the file."""
@@ -134,6 +155,7 @@ class Receipt:
                 "files": {name: {"size": size} for name, size in self.files.items()},
                 "side_files": {name: {"sha256": digest} for name, digest in self.side_files.items()},
                 "tensors": {tensor.name: tensor.to_json() for tensor in self.tensors},
+                **({} if self.undo is None else {"undo": self.undo.to_json()}),
             },
             "notes": list(self.notes),
         }
@@ -142,6 +164,7 @@ class Receipt:
     def from_json(cls, data: dict[str, Any]) -> Receipt:
         """Reads what ``to_json`` wrote; the caller has checked it against the schema."""
         output = data["output"]
+        undo = output.get("undo")
         return cls(
             tool_version=data["tool"]["version"],
             base=ReceiptBase(**data["base"]),
@@ -163,4 +186,5 @@ class Receipt:
                 for name, item in output["tensors"].items()
             ),
             notes=tuple(data["notes"]),
+            undo=None if undo is None else ReceiptUndo(size=undo["size"], sha256=undo["sha256"]),
         )

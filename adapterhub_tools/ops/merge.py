@@ -37,6 +37,8 @@ from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.module_kinds import guarantee_of
 from adapterhub_tools.ops.random_tensors import checked_random_digest
+from adapterhub_tools.ops.undo_plan import plan_undo
+from adapterhub_tools.ops.undo_record import UndoRecording, recording
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.digest import root_digest
@@ -61,6 +63,7 @@ class MergeReport:
         resolved: how many values were decided by exact arithmetic.
         notes: what was decided by rule, and what was left behind.
         receipt: the receipt; None in a dry run.
+        undo_bytes: the size of the undo file; None without one.
     """
 
     out: str | None
@@ -76,6 +79,7 @@ class MergeReport:
     resolved: int
     notes: tuple[str, ...]
     receipt: Receipt | None
+    undo_bytes: int | None = None
 
     @property
     def summary(self) -> str:
@@ -143,16 +147,22 @@ def merge(
     side = side_outputs(checkpoint, planned, parts, options)
     notes = _notes(parts, planned, side)
     digests = [checked_digest(part) for part in parts]
+    undo = plan_undo(checkpoint, planned, side, parts, options)
     if out is not None:
-        check_space(out.absolute().parent, planned.plan.written_bytes + side.nbytes)
+        kept = 0 if undo is None else undo.nbytes
+        check_space(out.absolute().parent, planned.plan.written_bytes + side.nbytes + kept)
     if options.dry_run or out is None:
         return _report(out, planned, parts, notes, receipt=None, resolved=0)
     check_config(opened, checkpoint, options)
-    with stage(
-        out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
-    ) as staged:
+    with (
+        stage(
+            out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
+        ) as staged,
+        recording(staged, undo, checkpoint) as record,
+    ):
         receipt, resolved = _write(
             staged,
+            record,
             planned,
             side,
             parts,
@@ -236,6 +246,7 @@ def _device(asked: str) -> str:
 
 def _write(
     staged: StagedDirectory,
+    record: UndoRecording,
     planned: MergePlan,
     side: SideOutputs,
     parts: Sequence[Part],
@@ -265,6 +276,7 @@ def _write(
             threads=threads,
             device=device,
             progress=progress or SilentProgress(),
+            undo=record.jobs,
         )
     except OSError as error:
         raise staged.error(error, "write the weights", "") from error
@@ -277,6 +289,7 @@ def _write(
         side_files[name] = _sha256(data)
     if checkpoint.index_file is not None:
         staged.write_bytes(checkpoint.index_file, index_text(checkpoint, planned.plan))
+    digest = root_digest(algorithm, result.outputs)
     receipt = Receipt(
         tool_version=VERSION,
         base=base,
@@ -295,9 +308,10 @@ def _write(
             "dtype": options.dtype,
             "accept_embeddings": options.accept_embeddings,
             "adapter_tokenizer": options.adapter_tokenizer,
+            **({} if options.approximates is None else {"approximates_base_of": options.approximates}),
         },
         guarantee=guarantee_of(part.opened.adapter.method for part in parts),
-        digest=root_digest(algorithm, result.outputs),
+        digest=digest,
         config_digest=side.config_digest,
         files={file.name: file.length for file in planned.plan.files},
         side_files=side_files,
@@ -312,6 +326,7 @@ def _write(
             for step in planned.plan.steps
         ),
         notes=notes,
+        undo=record.write(base, digest, digests),
     )
     return receipt, result.resolved
 
@@ -367,6 +382,7 @@ def _report(
         resolved=resolved,
         notes=notes,
         receipt=receipt,
+        undo_bytes=None if receipt is None or receipt.undo is None else receipt.undo.size,
     )
 
 

@@ -28,6 +28,8 @@ class MergeOptions:
             ``"targets"`` only that of the tensors to change, ``"off"`` nothing.
         accept_embeddings: True to let an adapter replace embeddings that its config does not mention.
         adapter_tokenizer: True to write the adapter's tokenizer and chat template instead of the base's.
+        undo: True to write beside the weights what brings the base back, bit for bit.
+        approximates: for an approximate unmerge, the digest of the merged model; no flag, goes to the receipt.
     """
 
     scales: tuple[float, ...] = ()
@@ -40,6 +42,8 @@ class MergeOptions:
     check_base: str = "full"
     accept_embeddings: bool = False
     adapter_tokenizer: bool = False
+    undo: bool = False
+    approximates: str | None = None
 
     def scale_of_each(self, adapters: int) -> tuple[float, ...]:
         """Returns one factor for each of so many adapters.

@@ -188,19 +188,21 @@ class StagedDirectory:
                     self._synced.add(relative)
             self._sync(Path(folder))
 
-    def commit(self, last: tuple[str, bytes]) -> None:
+    def commit(self, last: tuple[str, bytes] | None) -> None:
         """Writes the last file, flushes everything, and puts the folder in its place.
 
         Args:
-            last: the path and content of the receipt or manifest, which names the files written before it.
+            last: the path and content of the receipt or manifest, which names the files written before it;
+                None for a folder that has none.
 
         Raises:
             StoreError: the destination is untouched; should even that be in doubt, the message says so.
         """
         # The receipt must not reach the device before what it vouches for.
         self.sync_tree()
-        self.write_bytes(*last)
-        self.sync_tree()
+        if last is not None:
+            self.write_bytes(*last)
+            self.sync_tree()
         self._sync(self._work)
         try:
             self._put_in_place()

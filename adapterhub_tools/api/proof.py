@@ -1,0 +1,64 @@
+"""Merges taken back and merges checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from adapterhub_tools.api.paths import Reference, local_path, optional_path
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.protocols import Progress
+    from adapterhub_tools.ops.unmerge_report import UnmergeReport
+
+
+def unmerge(
+    merged: Reference,
+    out: Reference | None,
+    *,
+    adapter: Reference | Sequence[Reference],
+    approximate: bool = False,
+    replace: bool = False,
+    allow_replace_gap: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Writes the base that a merged model was made from, bit for bit.
+
+    Args:
+        merged: a folder that ``merge(undo=True)`` wrote.
+        out: the folder to write; None only with ``dry_run``.
+        adapter: the adapters of that merge, in any order.
+        approximate: whether to subtract instead, where there is no undo file; what comes out is not the base.
+        replace: whether an existing folder may be replaced.
+        allow_replace_gap: whether that may leave a moment without a folder, where the file system cannot
+            exchange two at once.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; the bytes are the same.
+        threads: the number of workers; None chooses.
+        dry_run: whether to check without writing.
+        progress: told how far it is.
+
+    Raises:
+        FormatError: there is no receipt or no undo file, or a file is broken.
+        MismatchError: the adapters are not those of the merge.
+        IntegrityError: the merged model or the undo file is not what the receipt records.
+        StoreError: could not read or write; the destination is untouched.
+    """
+    from adapterhub_tools.hub import resolve
+    from adapterhub_tools.ops import unmerge as op
+    from adapterhub_tools.ops.unmerge_report import UnmergeOptions
+
+    options = UnmergeOptions(
+        approximate=approximate,
+        replace=replace,
+        allow_replace_gap=allow_replace_gap,
+        device=device,
+        threads=threads,
+        dry_run=dry_run,
+    )
+    adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
+    with resolve.adapter_folders(adapters) as folders:
+        return op.unmerge(local_path(merged), folders, optional_path(out), options, progress)

@@ -1,0 +1,125 @@
+"""Comes close to the base of a merge without an undo file: subtracts, and says how far off that is.
+
+What rounding the merged weight lost cannot be computed back. With the spacings u of W and u' of W' = round(W
++ Δ), the lost part is at most u'/2 and about uniform, so round(W' − Δ) misses W with probability 1 − u/u'
+where u' > u, and else not at all but for ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapterhub_tools.errors import LossyError, UnsupportedError
+from adapterhub_tools.model.protocols import Progress
+from adapterhub_tools.model.receipt import Receipt
+from adapterhub_tools.ops.merge import merge
+from adapterhub_tools.ops.merge_options import MergeOptions
+from adapterhub_tools.ops.module_kinds import is_additive
+from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
+from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
+
+
+def approximate(
+    merged: Path,
+    adapters: Sequence[Path],
+    out: Path | None,
+    receipt: Receipt,
+    options: UnmergeOptions,
+    progress: Progress | None,
+) -> UnmergeReport:
+    """Writes round(W' − Δ), and a receipt that calls it approximate.
+
+    Args:
+        merged: the merged folder.
+        adapters: its adapters in the receipt's order.
+        out: the folder to make; None only with ``dry_run``.
+        receipt: of the merge.
+        options: see UnmergeOptions.
+        progress: told the bytes read.
+
+    Raises:
+        LossyError: the merge replaced tensors; what was there before is gone.
+        UnsupportedError: one of the methods is not a sum, so that its delta cannot be subtracted.
+    """
+    _refuse(receipt)
+    report = merge(
+        merged,
+        adapters,
+        out,
+        MergeOptions(
+            scales=tuple(-adapter.scale for adapter in receipt.adapters),
+            replace=options.replace,
+            allow_replace_gap=options.allow_replace_gap,
+            device=options.device,
+            threads=options.threads,
+            dry_run=options.dry_run,
+            check_base="off",
+            accept_embeddings=True,
+            approximates=receipt.digest,
+        ),
+        progress,
+    )
+    wrong, largest = None, None
+    if report.receipt is not None and out is not None:
+        names = [tensor.name for tensor in report.receipt.tensors if tensor.action == "merge"]
+        wrong, largest = _error(open_checkpoint(merged), open_checkpoint(out), names)
+    return UnmergeReport(
+        out=report.out,
+        dry_run=report.dry_run,
+        exact=False,
+        restored=report.changed,
+        tensors=report.tensors,
+        nbytes=report.nbytes,
+        digest=report.digest,
+        expected_wrong=wrong,
+        largest_error=largest,
+        notes=("this is an approximation, not the base", *report.notes),
+    )
+
+
+def _refuse(receipt: Receipt) -> None:
+    full = sum(adapter.full for adapter in receipt.adapters)
+    if full:
+        raise LossyError.of(
+            "replaced",
+            f"the merge replaced {full} tensors (or rows of them); what was there before is gone.",
+            loc="--approximate",
+            remedy="Use the base itself; or merge with --undo next time.",
+        )
+    for adapter in receipt.adapters:
+        if not is_additive(adapter.method):
+            raise UnsupportedError.of(
+                "not-additive",
+                f"{adapter.method} does not add a delta that could be subtracted.",
+                loc="--approximate",
+                remedy="Use the base itself; or merge with --undo next time.",
+            )
+
+
+def _error(merged: Checkpoint, found: Checkpoint, names: Sequence[str]) -> tuple[int, float]:
+    """Returns how many weights are expected to be wrong, and a bound on the error in units of their ulp."""
+    import torch
+
+    from adapterhub_tools.engine.row_blocks import StoredRows
+    from adapterhub_tools.linalg.formats import FORMATS
+    from adapterhub_tools.model.plan import ByteRange
+
+    wrong, largest = 0.0, 0.0
+    for name in names:
+        pair = []
+        for checkpoint in (merged, found):
+            stored = checkpoint.tensors[name]
+            item = ByteRange(uri=checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
+            pair.append((checkpoint.open(stored.file), item))
+        form = FORMATS[pair[0][1].spec.dtype]
+        lowest = form.min_exponent + form.precision
+        with pair[0][0] as left, pair[1][0] as right:
+            before, after = StoredRows(left, pair[0][1]), StoredRows(right, pair[1][1])
+            for (_, old), (_, new) in zip(before.blocks(), after.blocks(), strict=True):
+                exponents = [torch.frexp(block)[1].clamp(min=lowest) for block in (old, new)]
+                ratio = torch.exp2((exponents[0] - exponents[1]).double())
+                ratio[old == new] = 1.0  # no delta there
+                wrong += float((1 - 1 / ratio.clamp(min=1)).sum())
+                largest = max(largest, float(ratio.max()) / 2 + 0.5 if ratio.numel() else 0.0)
+    return round(wrong), largest
