@@ -120,6 +120,8 @@ CASES = {
     "WaveFT, no transform": case("WaveFTConfig", n_frequency=60, use_idwt=False),
     "WaveFT, proportional": case("WaveFTConfig", n_frequency=60, proportional_parameters=True),
     "BEFT": case("BeftConfig", models.opt, BIASED),
+    "Super-Tuning": case("SupertuningConfig", sparsity=0.9),
+    "Super-Tuning, with a product": case("SupertuningConfig", sparsity=0.9, r=3, lora_alpha=5),
     "DEFT": case("DeftConfig", r=4, init_weights=False),
     "DEFT, relu, Conv1D": case(
         "DeftConfig", models.gpt2, CONV1D, r=4, init_weights=False, decomposition_method="relu", alpha=8

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from adapterhub_tools import registry
-from adapterhub_tools.dialects._peft.blockers import Blocker, method_blockers
+from adapterhub_tools.dialects._peft.blockers import Blocker, method_blockers, replication
 from adapterhub_tools.dialects._peft.config import PeftType
 from adapterhub_tools.dialects._peft.keys import Factors
 from adapterhub_tools.dialects._peft.module_settings import of_modules
-from adapterhub_tools.dialects._peft.variants import variant_blockers
+from adapterhub_tools.dialects._peft.variants import not_merged, variant_blockers
 from adapterhub_tools.errors import Problem
 from adapterhub_tools.model.adapter import WHOLE_MODEL, FullTensor, TargetModule
 from adapterhub_tools.model.tensor import TensorSpec
@@ -103,4 +103,6 @@ def blockers(kind: PeftType, config: Mapping[str, Any], modules: Iterable[Target
         # Rows that replace the base's need no method.
         return []
     roles = {role for module in modules for role in module.factors}
-    return method_blockers(kind.method) or variant_blockers(kind.name, config, roles)
+    own = not_merged(kind.name) or method_blockers(kind.method)
+    own = own or variant_blockers(kind.name, config, roles)
+    return [*replication(config), *own]

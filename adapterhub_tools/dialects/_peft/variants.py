@@ -12,6 +12,31 @@ _SAVE_ALL = (
 )
 
 
+_MERGE_WITH_PEFT = "Merge it with PEFT (merge_and_unload) onto the very base that it was trained on."
+
+_NOT_IN_THE_FILE = {
+    "ADAMSS": "the subspaces of the base weights that its factors act in are found by clustering when PEFT "
+    "loads it, and are not in the file",
+    "FROD": "its factors act in a joint decomposition of the base weights that PEFT makes when it loads it",
+    "OSF": "the large singular components of the base weights, which PEFT computes when it loads it, are not "
+    "in the file",
+    "PSOFT": "it turns the singular subspace of the base weights that PEFT computes when it loads it, whose "
+    "signs are not in the file",
+    "TINYLORA": "which of its shared vectors a module uses depends on the order of all modules in the "
+    "model's class",
+    "GLORA": "the change of a bias depends on the weight beside it",
+    "PEANUT": "it is a network that takes the base weight as its input, with any activation of transformers",
+}
+"""Types that PEFT can merge and this tool does not: why."""
+
+
+def not_merged(name: str) -> list[Blocker]:
+    """Returns a blocker for a type that PEFT can merge, but not from its files and the base's alone."""
+    if name not in _NOT_IN_THE_FILE:
+        return []
+    return [("method", f"{name} cannot be merged here: {_NOT_IN_THE_FILE[name]}.", _MERGE_WITH_PEFT)]
+
+
 def variant_blockers(name: str, config: Mapping[str, Any], roles: Set[str]) -> list[Blocker]:
     """Returns why an adapter of a mergeable type cannot be merged as it stands.
 
