@@ -5,7 +5,7 @@
 #   make test-all   lint, then these and the full matrices
 #   make test-gpu   the tests that need a CUDA device
 #   make lint       style, types, arrows between packages, generated pages
-#   make docs       write docs/cli.md again from the commands
+#   make docs       write docs/cli.md and docs/methods.md again from the code
 #   make bench      ratios against reference runs
 
 PYTHON ?= python3
@@ -43,6 +43,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 	PYTHONPATH=. $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes adapterhub_tools --ignoreexternal
 	$(BIN)/python tools/generate_cli_docs.py --check
+	$(BIN)/python tools/generate_methods_docs.py --check
 
 # The recipes call pytest last, so that its closing line is the last line printed.
 test: lint
@@ -56,6 +57,7 @@ test-gpu: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/generate_cli_docs.py
+	$(BIN)/python tools/generate_methods_docs.py
 
 bench: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/merge.py

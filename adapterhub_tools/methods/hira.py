@@ -1,7 +1,8 @@
 """HiRA: W' = W + W ⊙ (B·A), a delta of high rank from two factors.
 
 Source: Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models"
-(ICLR), eq. 5; peft/tuners/hira/layer.py, ``get_delta_weight``. There is no scaling.
+(ICLR), eq. 5; peft/tuners/hira/layer.py, ``get_delta_weight``. There is no scaling, so the rank does not
+enter; PEFT 0.21 leaves the config's ``rank_pattern`` aside.
 """
 
 from __future__ import annotations
@@ -29,19 +30,17 @@ class HiRA:
     """The hyperparameters of one HiRA module.
 
     Attributes:
-        rank: r by the config; None where it does not say.
         multiplier: the caller's factor m on the change: W + m·W⊙(B·A).
     """
 
     guarantee: ClassVar[str] = "exact"
     additive: ClassVar[bool] = False
-    rank: int | None = None
     multiplier: float = 1.0
 
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, Any]) -> HiRA:
-        """Reads the hyperparameters of a target module."""
-        return cls(rank=hparams.get("rank"), multiplier=hparams.get("multiplier", 1.0))
+        """Reads the hyperparameters of a target module; the rank is that of the factors."""
+        return cls(multiplier=hparams.get("multiplier", 1.0))
 
     def check(
         self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str
@@ -59,8 +58,6 @@ class HiRA:
             return (wrong_factor(module, next(iter(factors.values())), "both A and B"),)
         if min(len(a.shape), len(b.shape)) < 2 or a.shape[0] != b.shape[1]:
             return (wrong_factor(module, a, f"the rank of B, {list(b.shape)}"),)
-        if self.rank is not None and a.shape[0] != self.rank:
-            return (wrong_factor(module, a, f"rank {self.rank}, as the config says"),)
         return check_product(a, b, kind, base, module)
 
     def expression(self, factors: Mapping[str, Tensor], weight: Weight) -> Expression:

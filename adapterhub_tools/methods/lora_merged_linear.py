@@ -1,7 +1,7 @@
-"""LoRA on some slices of a fused projection: the ``MergedLinear`` of PEFT 0.1 and 0.2.
+"""MergedLinear of PEFT 0.1 and 0.2: W' = W + s·Bᵢ·Aᵢ in the rows of slice i of a fused projection.
 
-The outputs are cut into as many equal slices as ``enable_lora`` has entries. The i-th slice that is enabled
-has factors of its own, Aᵢ and Bᵢ, and W' = W + s·Bᵢ·Aᵢ in its rows, with s = alpha / rank; the others stay.
+The outputs are cut into as many equal slices as ``enable_lora`` has entries. Each slice that is enabled has
+factors of its own, and s = alpha / rank; the others stay.
 
 Source: Hu et al. 2021, arXiv:2106.09685, and loralib (``MergedLinear``), of which PEFT 0.2 had a copy.
 """

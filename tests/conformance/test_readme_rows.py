@@ -9,7 +9,10 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    HiraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PrefixTuningConfig,
@@ -117,6 +120,25 @@ def test_lora_plus(base: Path, tmp_path: Path) -> None:
     assert_merges(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+        AdaLoraConfig(target_modules=TARGETS, total_step=10, init_r=4, target_r=2),
+        IA3Config(target_modules=[*TARGETS, "down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(r=4, target_modules=TARGETS),
+        LoKrConfig(r=4, target_modules=TARGETS),
+        HiraConfig(r=4, target_modules=TARGETS),
+    ],
+    ids=["dora", "adalora", "ia3", "loha", "lokr", "hira"],
+)
+def test_other_methods(base: Path, tmp_path: Path, config: PeftConfig) -> None:
+    adapter = adapted(base, config, tmp_path / "a")
+    at.init(adapter, base=base)
+    assert at.validate(adapter, base=base).ok
+    assert_merges(base, adapter, tmp_path / "out")
+
+
 def test_galore_can_be_recorded(base: Path, tmp_path: Path) -> None:
     adapter = adapted(base, LoraConfig(r=4, target_modules=TARGETS), tmp_path / "a")
     at.init(adapter, training={"galore": {"rank": 128, "update_gap": 200}})
@@ -128,14 +150,11 @@ def test_galore_can_be_recorded(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (LoraConfig(r=4, target_modules=TARGETS, use_dora=True), "dora"),
-        (AdaLoraConfig(target_modules=TARGETS, total_step=10, init_r=4, target_r=2), "adalora"),
-        (IA3Config(target_modules=TARGETS, feedforward_modules=[]), "ia3"),
         (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "prefix"),
         (LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"), "base"),
         (LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"), "base"),
     ],
-    ids=["dora", "adalora", "ia3", "prefix tuning", "pissa", "olora"],
+    ids=["prefix tuning", "pissa", "olora"],
 )
 def test_refused_types_are_described(base: Path, tmp_path: Path, config: PeftConfig, reason: str) -> None:
     adapter = adapted(base, config, tmp_path / "a")
@@ -176,6 +195,7 @@ def test_every_row_of_the_table_is_tested() -> None:
         "DoRA, QDoRA",
         "AdaLoRA",
         "(IA)³",
+        "LoHa, LoKr, HiRA and others",
         "prefix tuning",
         "bottleneck adapters",
         "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA",

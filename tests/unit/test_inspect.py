@@ -153,7 +153,7 @@ def test_another_method_is_described(tmp_path: Path) -> None:
     write_json(folder / "adapter_config.json", config)
     report = inspect_adapter(folder)
     assert (report.adapter.method, report.parameters, report.ranks) == ("ia3", 2 * HEADS_OUT, {})
-    assert not report.mergeable
+    assert report.mergeable
 
 
 def test_a_pickle_is_described_by_its_config_and_never_read(tmp_path: Path) -> None:

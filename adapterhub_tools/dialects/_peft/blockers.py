@@ -41,19 +41,21 @@ def blockers(config: Mapping[str, Any], *, method: str) -> list[Blocker]:
     """
     found: list[Blocker] = []
     found.extend(_initialisation(config.get("init_lora_weights")))
-    if config.get("layer_replication"):
-        found.append(
-            (
-                "layer-replication",
-                '"layer_replication" repeats layers of the base, so the adapter belongs to a larger model.',
-                "Build the larger base first (for example a passthrough merge), then name it as the base.",
-            )
-        )
+    found.extend(replication(config))
     found.extend(method_blockers(method))
     for name, why in _VARIANTS.items():
         if config.get(name):
             found.append((why[0], why[1], why[2]))
     return found
+
+
+def replication(config: Mapping[str, Any]) -> list[Blocker]:
+    """Returns a blocker if the config repeats layers: in PEFT the copies share their weights."""
+    if not config.get("layer_replication"):
+        return []
+    message = '"layer_replication" repeats layers of the base, so the adapter belongs to a larger model.'
+    remedy = "Build the larger base first (for example a passthrough merge), then name it as the base."
+    return [("layer-replication", message, remedy)]
 
 
 def method_blockers(method: str) -> list[Blocker]:
