@@ -24,6 +24,7 @@ import torch
 
 import adapterhub_tools as at
 from adapterhub_tools.engine import run as engine
+from adapterhub_tools.engine import workers
 from adapterhub_tools.errors import AdapterError
 from adapterhub_tools.ops import merge as op
 from tests.faults import namespaces
@@ -39,7 +40,7 @@ def serve(connection: socket.socket) -> None:
             return
         request = json.loads(message)
         if "warm" in request:  # a whole merge, so that no import is left for a child to do
-            at.merge(**request["warm"])
+            _call(request["warm"])
             answer = 0
         elif "wait" in request:
             answer = os.waitpid(request["wait"], 0)[1]
@@ -82,11 +83,19 @@ def _perform(request: dict[str, Any], report: int, go: int) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size_limit"],) * 2)
     if request.get("wait_in") == "worker":
         once = partial(_wait, report, go)
-        engine.ThreadPoolExecutor = partial(ThreadPoolExecutor, initializer=once)  # type: ignore[misc]
+        for module in (engine, workers):
+            module.ThreadPoolExecutor = partial(  # type: ignore[attr-defined]
+                ThreadPoolExecutor, initializer=once
+            )
     else:
         _wait(report, go)
-    done = at.merge(**request["merge"])
+    done = _call(request["merge"])
     return {"digest": done.digest, "notes": list(done.notes)}
+
+
+def _call(keywords: dict[str, Any]) -> Any:
+    """Merges, or calls another function of the Python face if ``"call"`` names it."""
+    return getattr(at, keywords.pop("call", "merge"))(**keywords)
 
 
 def _wait(report: int, go: int) -> None:

@@ -41,8 +41,14 @@ def check_receipt(folder: Path) -> dict[str, Any]:
         assert (folder / name).stat().st_size == record["size"], name
     for name, record in output["side_files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == record["sha256"], name
+    undo = {}
+    if "undo" in output:
+        undo = {output["undo"]["file"]: output["undo"]["sha256"]}
+        for name, digest in undo.items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     index = {"model.safetensors.index.json"} if len(output["files"]) > 1 else set()
-    assert set(tree_of(folder) or {}) == {*output["files"], *output["side_files"], *index, RECEIPT_FILE}
+    written = {*output["files"], *output["side_files"], *index, *undo, RECEIPT_FILE}
+    assert set(tree_of(folder) or {}) == written
     return receipt
 
 
