@@ -64,6 +64,13 @@ def convert(
         parts, others = _parts(
             adapter, opened, options, tensors, loader, threads, stack, progress or SilentProgress()
         )
+        if not parts.reports and parts.full:
+            raise MismatchError.of(
+                "no-matrix",
+                "it changes no matrix, only tensors that a LoRA adapter carries in full.",
+                file=str(adapter),
+                remedy="Keep it as it is, or merge it.",
+            )
         refuse_zero([report.norm for report in parts.reports], adapter)
         _refuse_lossy(parts, options)
         report, draft = _draft(adapter, opened, options, tensors, parts, others)

@@ -53,6 +53,7 @@ def test_names_mean_no_other_module() -> None:
     # modules_to_save matches any end of the text, so "norm" would mean "input_norm" too.
     assert shortest_names(["m.norm"], ["m.0.input_norm"], dotted=False) == ["m.norm"]
     assert shortest_names(["m.norm"], ["m.0.mlp"], dotted=False) == ["norm"]
+    assert shortest_names(["m.norm", "m.0.input_norm"], ["m.0.mlp"], dotted=False) == ["norm"]
 
 
 def spec(name: str, *shape: int) -> TensorSpec:

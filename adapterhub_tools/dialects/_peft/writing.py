@@ -286,6 +286,8 @@ def shortest_names(paths: Sequence[str], others: Iterable[str], *, dotted: bool 
         last = path.rpartition(".")[2]
         clear = last not in taken if dotted else not any(other.endswith(last) for other in loose)
         names[last if clear else path] = None
+    if not dotted:  # "norm" means "input_norm" too, where that is no other module
+        names = {name: None for name in names if not any(name.endswith(n) for n in names if n != name)}
     return sorted(names)
 
 
