@@ -80,6 +80,12 @@ def test_a_tail_far_below_a_binary64_tie_counts():
     assert result(item) == [1.0]
 
 
+@pytest.mark.parametrize(("tail", "expected"), [(2.0**-100, 1 + 2.0**-52), (0.0, 1.0), (-(2.0**-100), 1.0)])
+def test_a_tail_far_above_a_binary64_tie_counts(tail, expected):
+    item = case("F64", [1.0], [("F32", [2.0**-26, tail], [[2.0**-27], [2.0**-100]], 1.0, 1, False)])
+    assert result(item) == [expected]
+
+
 def test_a_third_makes_an_exact_tie():
     # s·B·A = (1/3)·(3·2^-9) is exactly half a unit, although no binary number is 1/3.
     for start, expected in ((1.0, 1.0), (1 + 2.0**-7, 1 + 2.0**-6)):
