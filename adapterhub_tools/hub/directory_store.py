@@ -30,7 +30,7 @@ class DirectoryStore:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.root = Path(unquote(urlsplit(url).path))
+        self.root: Path = Path(unquote(urlsplit(url).path))
 
     def read(self, key: str, limit: int) -> bytes | None:
         """Returns an object, or None.

@@ -37,12 +37,12 @@ class RegistrySnapshot:
             HubError: there is none.
             StoreError: there is no registry.
         """
-        self.reference = str(reference)
-        self.endpoint = reference.root
-        self.registry = open_registry(reference.root)
+        self.reference: str = str(reference)
+        self.endpoint: str = reference.root
+        self.registry: Registry = open_registry(reference.root)
         found = self.registry.find(reference)
-        self.version = found.id
-        self.files = found.files
+        self.version: str = found.id
+        self.files: tuple[RemoteFile, ...] = found.files
 
     def fetch(self, file: RemoteFile, sink: Sink, *, advance: Callable[[int], None] | None = None) -> str:
         """Brings a file's content; see Snapshot."""

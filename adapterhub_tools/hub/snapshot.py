@@ -61,10 +61,10 @@ class HubSnapshot:
         Raises:
             HubError: there is no such repository, revision or folder, or it may not be read.
         """
-        self.reference = str(reference)
-        self.repository = repository or Repository.connect(reference.id)
-        self.endpoint = self.repository.transport.endpoint.url
-        self.folder = reference.folder
+        self.reference: str = str(reference)
+        self.repository: Repository = repository or Repository.connect(reference.id)
+        self.endpoint: str = self.repository.transport.endpoint.url
+        self.folder: str = reference.folder
         if commit is None:
             found = self.repository.pin(reference.revision)
             if not found.id:
@@ -72,11 +72,13 @@ class HubSnapshot:
                     "no-revision", f"{escape(reference)} has no commit.", remedy="Push something to it first."
                 )
             commit = found.id
-        self.version = commit
+        self.version: str = commit
         listed = self.repository.tree(commit, reference.folder) if files is None else files
         cut = len(reference.folder) + 1 if reference.folder else 0
         self._full = {file.path[cut:]: file for file in listed}
-        self.files = tuple(_renamed(file, path) for path, file in sorted(self._full.items()))
+        self.files: tuple[RemoteFile, ...] = tuple(
+            _renamed(file, path) for path, file in sorted(self._full.items())
+        )
 
     @classmethod
     def of(cls, repository: Repository, commit: str, files: tuple[RemoteFile, ...]) -> HubSnapshot:

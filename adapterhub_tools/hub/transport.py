@@ -65,7 +65,7 @@ class Transport:
     def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
         self.endpoint = endpoint
         self.patience = patience
-        self.requests = 0
+        self.requests: int = 0
 
     def json(
         self,

@@ -73,7 +73,7 @@ class ContentCheck:
         self._file = file
         self._sha256 = hashlib.sha256()
         self._blob = None if file.sha256 is not None else new_blob_hash(file.size)
-        self.size = 0
+        self.size: int = 0
 
     def update(self, data: bytes | memoryview) -> None:
         """Takes the next bytes."""
