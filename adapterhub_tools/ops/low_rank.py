@@ -168,12 +168,17 @@ def rescaled(scale: Surd, rank: int, rule: str, *, fold: bool = False) -> Scaled
     Args:
         scale: s.
         rank: the new rank.
-        rule: one of RULES.
-        fold: True to put it into the factors in any case; the rule is ``"alpha/rank"`` then.
+        rule: one of RULES; ``"alpha/rank"`` unless alpha can express the scale.
+        fold: True to put it into the factors in any case.
+
+    Raises:
+        ValueError: the scale has to go into the factors, but the rule is not ``"alpha/rank"``.
     """
     alpha = None if fold else alpha_for(scale, rank, rule)
     if alpha is not None:
         return Scaled(alpha=alpha, factor=1.0)
+    if rule != RULES[0]:
+        raise ValueError("alpha = rank is a scale of 1 only under alpha/rank")
     return Scaled(alpha=float(rank), factor=float(scale))
 
 

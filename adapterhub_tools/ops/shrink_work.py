@@ -112,7 +112,7 @@ class Run:
                     loc="--rank",
                     remedy=f"Give a rank of at most {largest}.",
                 )
-            return {path: min(rank, asked[path] or rank) for path, rank in own.items()}
+            return {m.path: min(asked[m.path] or own[m.path], _most(m)) for m in self.products}
         if policy.budget is None:
             return {}
         return self._allotted(policy.budget)
@@ -263,6 +263,12 @@ class Run:
         if budget.unit != "bytes":
             return sum(spec.elements for spec in specs) / rank
         return sum(spec.elements // rank * DTYPE_BITS[self._dtype(spec)] / 8 for spec in specs)
+
+
+def _most(module: TargetModule) -> int:
+    """Returns the largest rank that the delta can have: that of the factors, or a side of the matrix."""
+    a, b = module.factors["A"], module.factors["B"]
+    return min(int(module.hparams["rank"]), b.shape[0], a.elements // a.shape[0])
 
 
 def _nbytes(module: TargetModule) -> int:
