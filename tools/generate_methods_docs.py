@@ -107,10 +107,7 @@ def refused() -> Iterator[str]:
     for name, row in sorted(table()[0].items()):
         if row.method in known or row.merge == "rows":
             continue
-        why = (
-            row.reason
-            or "PEFT computes a part of it from the base when it loads the adapter: merge it there."
-        )
+        why = row.reason or "Not available here; PEFT's `merge_and_unload` can."
         yield f"| {name} | {why} |"
 
 

@@ -57,10 +57,7 @@ class Gain:
         count = int(block.shape[0])
         gain = block.new_full(block.shape, float(self._constant))
         self._term.add_to(gain, row)
-        peaks = np.zeros(count)
-        if block.shape[1]:
-            low, high = block.aminmax(dim=1)
-            peaks = torch.maximum(-low, high).cpu().numpy()
+        peaks = block.abs().amax(dim=1).cpu().numpy() if block.shape[1] else np.zeros(count)
         size = self._size[row : row + count]
         with np.errstate(all="ignore"):
             bound = size * peaks * SLACK + UNDERFLOW * (1 + size + peaks)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from adapterhub_tools.linalg.double_double import Accumulator, in_safe_range, two_product, two_sum
 from adapterhub_tools.linalg.formats import F64Array
@@ -41,18 +42,18 @@ def squares_of_rows(block: Tensor) -> Tensor:
     The error of a sum is at most ``roundings_of_rows`` times 2^-53 of it.
     """
     columns = int(block.shape[1])
-    groups = columns // _GROUP
-    squares = block * block
-    total = squares[:, groups * _GROUP :].sum(dim=1)
-    if groups:
-        grouped = squares[:, : groups * _GROUP].view(block.shape[0], _GROUP, groups)
-        total += grouped.sum(dim=1).sum(dim=1)
+    whole = columns - columns % _GROUP
+    rest = block[:, whole:]
+    total = (rest * rest).sum(dim=1)
+    if whole:
+        norms = torch.linalg.vector_norm(block[:, :whole].view(block.shape[0], -1, _GROUP), dim=2)
+        total += norms.mul_(norms).sum(dim=1)
     return total
 
 
 def roundings_of_rows(columns: int) -> int:
     """Returns how many roundings a square meets on its way into the sum, whatever the order of each sum."""
-    return _GROUP + max(_GROUP, columns // _GROUP) + 2
+    return _GROUP + columns // _GROUP + 6
 
 
 class LineSquares:

@@ -103,6 +103,7 @@ class Normalised:
         # Of all rows together, and of the largest ratio: good enough, as the unit is far below a format's.
         with np.errstate(over="ignore"):
             reach = float(np.sqrt(np.square(self._sum.bounds).sum())) * SLACK
+        self._reach = reach
         ratios = self._ratios(norms, self._magnitudes)
         worst = float(ratios.max(initial=0.0))
         least = float(norms.min(initial=np.inf))
@@ -164,7 +165,7 @@ class Normalised:
         if to.name == "F64":
             return self._precise(rows, columns, start, to)
         with np.errstate(all="ignore"):
-            error = self.unit * (np.abs(computed) + 2 * self.bounds[rows]) * (1 + 2.0**-20)
+            error = self._errors(rows, columns, computed)
             bits = round_double(computed, to)
             lower, upper = round_double(computed - error, to), round_double(computed + error, to)
             good = (lower == upper) & np.isfinite(computed) & (np.abs(computed) > error)
@@ -172,6 +173,22 @@ class Normalised:
         if len(left):
             bits[left] = self._precise(rows[left], columns[left], start[left], to)
         return bits
+
+    def _errors(self, rows: IntArray, columns: IntArray, computed: F64Array) -> F64Array:
+        """Returns bounds of the errors at points; with |x̃| itself in place of |m| they are closer."""
+        lines = rows if self._by_row else columns
+        norms, own = self.norms[lines], self._sum.bounds[rows]
+        reach = own * float(np.sqrt(self._length)) if self._by_row else np.full(own.shape, self._reach)
+        with np.errstate(all="ignore"):
+            if self._factor == 1:
+                share = self._sum.unit * 2 * reach / norms
+                gain = np.abs(self._magnitudes.numpy()[lines]) / norms
+                error: F64Array = np.abs(computed) * (self.unit + share) + 2 * self._sum.unit * own * gain
+            else:
+                # Where (1 − c)·w is added, only the bound of the whole row is known.
+                error = self.unit * (np.abs(computed) + 2 * self.bounds[rows])
+        error = error * (1 + 2.0**-20) + UNDERFLOW
+        return np.where(np.isfinite(self.bounds[rows]) & ~np.isnan(error), error, np.inf)
 
     def _precise(self, rows: IntArray, columns: IntArray, start: F64Array, to: FloatFormat) -> AnyArray:
         lines = rows if self._by_row else columns

@@ -26,8 +26,9 @@ class Weight:
         kind: the module's kind, see model/adapter.py; ``"vector"`` for a norm's weight, ``"bias"``
             for a module's bias.
         shape: as stored.
-        read_rows: (first row, count) -> the stored values in float64, shape (count, columns), on the CPU, in memory
-            that the caller may change. For methods that need the whole weight before they can change any of it.
+        read_rows: (first row, count) -> the stored values in float64, shape (count, columns), on the CPU, in
+            memory that the caller may change. For methods that need the whole weight before they can change
+            any of it.
         row: the first row of the part that the module is (fused projections); 0 for the whole.
         column: the first column of it.
     """

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,25 +130,55 @@ def expected(case: MethodCase, kinds: Counter) -> np.ndarray:
     return out
 
 
-def run(case: MethodCase, kinds: Counter) -> None:
-    """Runs a case through its method and BlockRounder, and compares every bit."""
-    start = case.start_format.tensor(case.start)
-    rows, columns = case.start.shape
+def expression_of(case: MethodCase, start: torch.Tensor) -> Any:
+    """The expression that the case's method makes.
+
+    Raises:
+        LossyError: it cannot be.
+    """
     weight = Weight(
         kind=case.kind,
         shape=case.shape,
         read_rows=lambda first, count: start[first : first + count].to(torch.float64, copy=True),
     )
     method = registry.load("methods", case.method).IMPLEMENTATION.from_hparams(case.hparams)
+    if method.additive:
+        return DeltaSum([method.delta(case.factors, weight)], case.start.shape[0])
+    return method.expression(case.factors, weight)
+
+
+def check_bounds(case: MethodCase) -> tuple[int, int]:
+    """Evaluates a case in float64 and compares it with its bounds; returns how many were finite, and of all.
+
+    A bound of infinity leaves a value to exact arithmetic, and so does a result that is no number.
+    """
+    start = case.start_format.tensor(case.start)
+    expression = expression_of(case, start)
+    block = start.to(torch.float64, copy=True)
+    expression.evaluate(block, 0)
+    finite = 0
+    for (i, j), found in np.ndenumerate(block.numpy()):
+        errors = [expression.unit * (abs(found) + 2 * expression.bounds[i])]
+        if case.method == "dora":
+            at = np.array([i]), np.array([j]), np.array([found])
+            errors.append(float(expression._errors(*at)[0]))
+        for error in errors:
+            if np.isfinite(found) and np.isfinite(error):
+                finite += 1
+                compare, slack = case.value(i, j), Fraction(error) * (1 + Fraction(1, 2**20))
+                inside = compare(Fraction(found) - slack) >= 0 >= compare(Fraction(found) + slack)
+                assert inside, describe(case, block.numpy(), block.numpy(), np.array([(i, j)]))
+    return finite, block.numel()
+
+
+def run(case: MethodCase, kinds: Counter) -> None:
+    """Runs a case through its method and BlockRounder, and compares every bit."""
+    start = case.start_format.tensor(case.start)
     out = case.to.tensor(np.full(case.start.shape, 0x5A5A))
     try:
-        if method.additive:
-            expression = DeltaSum([method.delta(case.factors, weight)], rows)
-        else:
-            expression = method.expression(case.factors, weight)
         rounder = BlockRounder(
-            expression,
-            columns=columns,
+            expression_of(case, start),
+            columns=case.start.shape[1],
             start=PACKAGE_FORMATS[case.start_format.name],
             to=PACKAGE_FORMATS[case.to.name],
         )
@@ -176,7 +207,7 @@ def describe(case: MethodCase, found: np.ndarray, right: np.ndarray, bad: np.nda
     factors = {role: (str(t.dtype), t.double().tolist()) for role, t in case.factors.items()}
     return (
         f"{case.method} {case.kind} {case.hparams} {case.start_format.name} -> {case.to.name} at {at}: "
-        f"{int(found[at]):#x}, right is {int(right[at]):#x}; W = {case.start.tolist()}, {factors}"
+        f"{found[at]!r}, right is {right[at]!r}; W = {case.start.tolist()}, {factors}"
     )
 
 
