@@ -60,6 +60,7 @@ def svd_shrink(
         MismatchError: no policy, or one that does not fit the adapter.
         StoreError: could not read or write; the destination is untouched.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import shrink as op
     from adapterhub_tools.ops.rank_policy import RankPolicy
     from adapterhub_tools.ops.shrink_options import ShrinkOptions
@@ -84,7 +85,8 @@ def svd_shrink(
         threads=threads,
         dry_run=dry_run,
     )
-    return op.svd_shrink(local_path(adapter), optional_path(out), options, progress)
+    with resolve.adapter_folder(adapter) as folder:
+        return op.svd_shrink(folder, optional_path(out), options, progress)
 
 
 def convert(
@@ -135,6 +137,7 @@ def convert(
         LossyError: the error of a module is above ``max_error``.
         StoreError: could not read or write; the destination is untouched.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import convert as op
     from adapterhub_tools.ops.convert_options import ConvertOptions
 
@@ -153,7 +156,8 @@ def convert(
         threads=threads,
         dry_run=dry_run,
     )
-    return op.convert(local_path(adapter), optional_path(out), options, progress)
+    with resolve.adapter_folder(adapter) as folder:
+        return op.convert(folder, optional_path(out), options, progress)
 
 
 def extract(

@@ -18,7 +18,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     cls=ToolCommand,
     example="adaptertool convert my-dora my-lora --to lora --base SmolLM2-135M-Instruct --rank auto",
 )
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["lora", "dora"]), required=True, help="The method to write.")
 @click.option(
@@ -50,7 +50,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @output_options
 @standard_options
 def command(
-    adapter: Path,
+    adapter: str,
     out: Path,
     to: str,
     base: Path | None,

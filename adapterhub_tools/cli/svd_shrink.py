@@ -14,7 +14,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("svd-shrink", cls=ToolCommand, example="adaptertool svd-shrink my-adapter small --energy 0.99")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
 @policy_options
 @click.option(
@@ -28,7 +28,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @output_options
 @standard_options
 def command(
-    adapter: Path,
+    adapter: str,
     out: Path,
     rank: tuple[str, ...],
     energy: float | None,

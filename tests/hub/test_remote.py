@@ -181,6 +181,17 @@ def test_a_streamed_base_with_other_bytes_leaves_no_output(
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_other_commands_take_a_remote_adapter(
+    hub_server: HubServer, client: ForkedClient, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+    repo = seed_folder(hub_server, adapter)
+    for source, out in ((f"hf://{repo}", tmp_path / "remote"), (adapter, tmp_path / "local")):
+        done(client.run("svd-shrink", source, out, "--rank", "1", "--json"))
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
 def test_a_base_of_the_wrong_kind_is_named(
     hub_server: HubServer, client: ForkedClient, tmp_path: Path
 ) -> None:
