@@ -201,7 +201,6 @@ def test_token_rows(indices, shape, good):
         ({"megatron_config": {"a": 1}}, "megatron"),
         ({"use_qalora": True}, "method"),
         ({"arrow_config": {"top_k": 1}}, "unmergeable"),
-        ({"enable_lora": [True, False, True]}, "method"),
     ],
 )
 def test_blockers_say_what_to_do(fields, kind):
@@ -248,7 +247,7 @@ def test_merged_linear_of_peft_0_2():
     )
     assert not problems
     assert adapter.method == "lora_merged_linear"
-    assert [kind for kind, _, _ in adapter.blockers] == ["method"]
+    assert adapter.blockers == ()
     assert adapter.modules[0].hparams["rank"] == 8
 
 
