@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers
 from adapterhub_tools.engine.tensor_job import Stopped, Surroundings, hash_range, run_step
 from adapterhub_tools.engine.undo_step import UndoJob
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
-from adapterhub_tools.model.plan import ByteRange, Plan, Step
+from adapterhub_tools.model.plan import ByteRange, Plan, Step, Term
 from adapterhub_tools.model.protocols import OpenSource, Progress
 from adapterhub_tools.store.writer import RangeWriter
 
@@ -53,9 +54,16 @@ def default_threads() -> int:
 
 def buffer_bytes(steps: tuple[Step, ...], threads: int) -> int:
     """Estimates the memory that the buffers and factors of a run need, start-up excluded."""
-    specs = [[item.spec for term in step.terms for item in term.factors.values()] for step in steps]
+    specs = [[item.spec for term in step.terms for item in _held(term)] for step in steps]
     factors = [sum(spec.elements * 8 + spec.nbytes for spec in of_step) for of_step in specs]
     return threads * (2 * CHUNK_BYTES + _BLOCK_BYTES) + sum(sorted(factors, reverse=True)[:threads])
+
+
+def _held(term: Term) -> Iterator[ByteRange]:
+    """Yields the factors that a method has in memory whole."""
+    method = registry.load("methods", term.method).IMPLEMENTATION
+    by_rows = getattr(method, "row_roles", ())
+    yield from (item for role, item in term.factors.items() if role not in by_rows)
 
 
 def run(

@@ -90,3 +90,37 @@ class ComputedTerm:
     def exact_parts(self, row: int, column: int) -> list[tuple[Fraction, int]]:
         """Returns D at a point; see DeltaTerm."""
         return [(Fraction(float(self.rows(torch.tensor([row]))[0, column])), 1)]
+
+
+class PanelCache:
+    """Rows of a delta that is cheaper to compute in panels than row by row; for ComputedTerm.
+
+    The rows asked for one after the other lie in one panel, so the last one is kept.
+
+    Args:
+        panel: (first row, one past the last) -> these rows of D, float64.
+        height: the number of rows of D.
+        size: rows of a panel.
+    """
+
+    def __init__(self, panel: Callable[[int, int], Tensor], height: int, size: int = 256) -> None:
+        """Computes nothing yet."""
+        self._panel, self._height, self._size = panel, height, size
+        self._kept: tuple[int, Tensor] | None = None
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """Returns rows of D, shape (n, width).
+
+        Args:
+            index: ascending row indices, shape (n,), n at least 1.
+        """
+        panels = index // self._size
+        parts = [self._rows(number, index[panels == number]) for number in sorted(set(panels.tolist()))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rows(self, number: int, index: Tensor) -> Tensor:
+        first = number * self._size
+        if self._kept is None or self._kept[0] != number:
+            self._kept = None
+            self._kept = (number, self._panel(first, min(self._height, first + self._size)))
+        return self._kept[1][index - first]

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from adapterhub_tools.linalg.computed_term import ComputedTerm
 
-_STRIP_VALUES = 1 << 21
-"""Values of scaled bases made at a time: 16 MiB."""
+_STRIP_VALUES = 1 << 20
+"""Values of scaled bases made at a time: 8 MiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,7 @@ class RandLoRA:
 
     guarantee: ClassVar[str] = "tolerance"
     additive: ClassVar[bool] = True
+    row_roles: ClassVar[tuple[str, ...]] = ("shared_B",)
     rank: int
     alpha: float
     multiplier: float = 1.0
@@ -87,63 +88,68 @@ class RandLoRA:
             return (wrong_factor(module, b, f"[at least {large}, at least {count}, {self.rank}]"),)
         return ()
 
-    def delta(self, factors: Mapping[str, Tensor], weight: Weight) -> ComputedTerm:
+    def delta(self, factors: Mapping[str, Any], weight: Weight) -> ComputedTerm:
         """Returns the delta, computed row by row.
 
         Shapes: see ``check``; the delta is (out, in), or (in, out) for ``conv1d``.
         Dtype:  any float in; float64 out.
-        Memory: the shared bases as stored, and 16 MiB for strips of the scaled bases, which are made again
-            for every block of rows instead of being held: at rank r and n bases they have r·n rows.
+        Memory: 8 MiB for strips of the scaled bases, made again for each panel of 256 rows instead of being
+            held (at rank r and n bases they have r·n rows), 2 KiB per column for the panel, and as much for
+            the rows of ``shared_B`` that meet it; those are read from the file panel by panel.
         """
-        from adapterhub_tools.linalg.computed_term import ComputedTerm
+        from adapterhub_tools.linalg.computed_term import ComputedTerm, PanelCache
 
         height, width = weight.rows, weight.columns
         strength = self.alpha / self.rank * self.multiplier
-        scales, weights = factors["lambda"].double(), factors["gamma"].double()
+        scales: Tensor = factors["lambda"].double()
+        weights: Tensor = factors["gamma"].double()
         small, large = sorted((height, width))
-        count = int(scales.shape[1])
-        a = factors["shared_A"][:, 0, :small].double()
-        b = factors["shared_B"][:large, :count]
+        inner = int(scales.numel())
+        a: Tensor = factors["shared_A"][:, 0, :small].double()
+        stored = factors["shared_B"]
+
+        def bases(first: int, last: int) -> Tensor:
+            """Returns rows of B with their bases side by side, as far as the weight has bases."""
+            rows: Tensor = stored.read(first, last - first)[:, :inner]
+            return rows
 
         def scaled_bases(columns: Tensor | slice) -> Tensor:
             """Returns columns of A scaled by every λ and γ: r·n rows, those of one row of A together."""
-            part = scales[:, :, None] * a[:, None, columns] * weights[None, :, columns]
+            part: Tensor = scales[:, :, None] * a[:, None, columns] * weights[None, :, columns]
             return part.flatten(0, 1)
 
         # Rows of W lie on the side of B where W is at least as high as wide; PEFT looks at (out, in), so a
         # square W has its outputs there.
         upright = height > width or (height == width and not weight.transposed)
-        inner = count * self.rank
-        step = max(1, _STRIP_VALUES // inner)
+        step = max(1, _STRIP_VALUES // stored.shape[1])
 
-        def some_rows(index: Tensor) -> Tensor:
-            made = a.new_empty(int(index.shape[0]), width)
-            left = b[index].double().flatten(1) if upright else scaled_bases(index).t()
+        def panel(first: int, last: int) -> Tensor:
+            made = a.new_empty(last - first, width)
+            left = bases(first, last) if upright else scaled_bases(slice(first, last)).t()
             for at in range(0, width, step):
-                strip = slice(at, min(width, at + step))
-                right = scaled_bases(strip) if upright else b[strip].double().flatten(1).t()
-                made[:, strip] = left @ right
+                end = min(width, at + step)
+                made[:, at:end] = left @ (scaled_bases(slice(at, end)) if upright else bases(at, end).t())
             return made.mul_(strength)
 
+        def largest() -> Any:
+            """Returns for each row of W at least the sum of |B|·|λ|·|A|·|γ| at every column."""
+            import torch
+
+            parts = [(at, min(large, at + step)) for at in range(0, large, step)]
+            if upright:
+                # The largest of |A|·|γ| over the columns is at most the product of both.
+                peaks = scales.abs() * a.abs().amax(dim=1)[:, None] * weights.abs().amax(dim=1)
+                return torch.cat([bases(*part).abs() @ peaks.flatten() for part in parts]).numpy()
+            tops = torch.stack([bases(*part).abs().amax(dim=0) for part in parts]).amax(dim=0)
+            reach = (scales.abs() * tops.reshape(scales.shape)).t() @ a.abs()
+            return (reach * weights.abs()).sum(dim=0).numpy()
+
         return ComputedTerm(
-            rows=some_rows,
+            rows=PanelCache(panel, height),
             height=height,
             width=width,
-            largest=_largest(scales, a, weights, b, upright=upright) * abs(strength),
+            largest=largest() * abs(strength),
         )
-
-
-def _largest(scales: Tensor, a: Tensor, weights: Tensor, b: Tensor, *, upright: bool) -> Any:
-    """Returns for each row of W at least the sum of |B|·|λ|·|A|·|γ| at every column."""
-    import torch
-
-    if upright:
-        # The largest of |A|·|γ| over the columns is at most the product of both.
-        peaks = (scales.abs() * a.abs().amax(dim=1)[:, None] * weights.abs().amax(dim=1)).flatten()
-        return torch.cat([part.double().abs().flatten(1) @ peaks for part in torch.split(b, 256)]).numpy()
-    peaks = b.abs().amax(dim=0).double().reshape(scales.shape)
-    reach = (scales.abs() * peaks).t() @ a.abs()
-    return (reach * weights.abs()).sum(dim=0).numpy()
 
 
 IMPLEMENTATION = RandLoRA

@@ -160,6 +160,17 @@ def test_the_transform_is_within_its_bound(kind, shape):
     assert (term.bounds() >= np.abs(found.numpy()).max(axis=1)).all()
 
 
+class Rows:
+    """A factor that is read row by row."""
+
+    def __init__(self, values):
+        self.values = values.flatten(1).double()
+        self.shape = tuple(self.values.shape)
+
+    def read(self, first, count):
+        return self.values[first : first + count]
+
+
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_random_bases_are_within_their_bound(shape, kind):
@@ -171,7 +182,8 @@ def test_random_bases_are_within_their_bound(shape, kind):
         "shared_A": noise(4, 1, small + 3, seed=3).bfloat16(),
         "shared_B": noise(large + 2, count + 1, 4, seed=4).bfloat16(),
     }
-    term = RandLoRA(rank=4, alpha=3.0).delta(factors, Weight(kind=kind, shape=shape))
+    stored = {**factors, "shared_B": Rows(factors["shared_B"])}
+    term = RandLoRA(rank=4, alpha=3.0).delta(stored, Weight(kind=kind, shape=shape))
     found = torch.zeros(shape, dtype=torch.float64)
     term.add_to(found, 0)
     scaled = (
