@@ -1,61 +1,17 @@
-"""The two factors of a low-rank product: the weight that they are for, and the product as a delta."""
+"""From the two factors of an adapter to the low-rank delta of a weight."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.errors import Problem, UnsupportedError
+from adapterhub_tools.errors import UnsupportedError
 from adapterhub_tools.linalg.surd import Surd
-from adapterhub_tools.linalg.weight import TRANSPOSED, Weight
-from adapterhub_tools.model.tensor import TensorSpec
+from adapterhub_tools.linalg.weight import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.low_rank import LowRankTerm
-
-
-def product_shape(a: tuple[int, ...], b: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """Returns the shape of the weight that factors of these shapes change.
-
-    Args:
-        a: (rank, in), or (rank, in, k, …) for a convolution.
-        b: (out, rank), or (out, rank, 1, …).
-        kind: the module's kind.
-    """
-    if kind in TRANSPOSED:
-        return (a[1], b[0])
-    return (b[0], *a[1:])
-
-
-def check_product(
-    a: TensorSpec, b: TensorSpec, kind: str, base: TensorSpec, module: str
-) -> tuple[Problem, ...]:
-    """Compares the shape of a product B·A with the base weight's.
-
-    Args:
-        a: (rank, in, …).
-        b: (out, rank, …).
-        kind: the module's kind, see model/adapter.py.
-        base: the base weight as stored.
-        module: the module's path, for the message.
-    """
-    expected = product_shape(a.shape, b.shape, kind)
-    if expected == base.shape:
-        return ()
-    found = "×".join(map(str, base.shape))
-    wanted = "×".join(map(str, expected))
-    remedy = "Use the base that the adapter was trained on."
-    if kind in ("conv2d", "convnd") and len(base.shape) == len(expected) and base.shape[1] != expected[1]:
-        remedy = "A convolution with groups cannot take a merged LoRA; PEFT does not merge it either."
-    return (
-        Problem(
-            kind="shape",
-            loc=module,
-            message=f"the factors give a {wanted} weight, but {base.name} of the base is {found}.",
-            remedy=remedy,
-        ),
-    )
 
 
 def low_rank(a: Tensor, b: Tensor, weight: Weight, scale: Surd) -> LowRankTerm:

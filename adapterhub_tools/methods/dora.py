@@ -13,10 +13,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterhub_tools.errors import LossyError, Problem
-from adapterhub_tools.linalg.factors import check_product, low_rank
+from adapterhub_tools.linalg.factors import low_rank
 from adapterhub_tools.linalg.surd import Surd, scaling_of
 from adapterhub_tools.linalg.weight import Weight
 from adapterhub_tools.model.misfit import wrong_factor
+from adapterhub_tools.model.product_shape import check_product
 from adapterhub_tools.model.tensor import TensorSpec
 
 if TYPE_CHECKING:
