@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         svd_shrink,
         unmerge,
         validate,
+        verify,
     )
     from adapterhub_tools.errors import (
         AdapterError,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
     from adapterhub_tools.ops.unmerge_report import UnmergeReport
     from adapterhub_tools.ops.validation_report import ValidationReport
+    from adapterhub_tools.ops.verify_report import TensorVerdict, VerifyReport
 
 __version__ = VERSION
 
@@ -78,6 +80,7 @@ _HOMES = {
         "svd_shrink",
         "unmerge",
         "validate",
+        "verify",
     ),
     "errors": (
         "AdapterError",
@@ -107,6 +110,7 @@ _HOMES = {
     "ops.shrink_report": ("LowRankReport", "ModuleReport"),
     "ops.unmerge_report": ("UnmergeReport",),
     "ops.validation_report": ("ValidationReport",),
+    "ops.verify_report": ("TensorVerdict", "VerifyReport"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -140,10 +144,12 @@ __all__ = [
     "StoreError",
     "TargetModule",
     "TensorSpec",
+    "TensorVerdict",
     "UnmergeReport",
     "UnsupportedError",
     "UnsupportedVersionError",
     "ValidationReport",
+    "VerifyReport",
     "__version__",
     "adapter_digest",
     "content_digest",
@@ -159,6 +165,7 @@ __all__ = [
     "svd_shrink",
     "unmerge",
     "validate",
+    "verify",
 ]
 
 

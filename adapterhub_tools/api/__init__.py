@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterhub_tools.api.exchange import list_adapters, pull, push
 from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
-from adapterhub_tools.api.proof import unmerge
+from adapterhub_tools.api.proof import unmerge, verify
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -42,6 +42,7 @@ __all__ = [
     "svd_shrink",
     "unmerge",
     "validate",
+    "verify",
 ]
 
 

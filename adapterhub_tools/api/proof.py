@@ -11,6 +11,7 @@ from adapterhub_tools.api.paths import Reference, local_path, optional_path
 if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
     from adapterhub_tools.ops.unmerge_report import UnmergeReport
+    from adapterhub_tools.ops.verify_report import VerifyReport
 
 
 def unmerge(
@@ -62,3 +63,60 @@ def unmerge(
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
     with resolve.adapter_folders(adapters) as folders:
         return op.unmerge(local_path(merged), folders, optional_path(out), options, progress)
+
+
+def verify(
+    *,
+    merged: Reference,
+    base: Reference | None = None,
+    adapter: Reference | Sequence[Reference] = (),
+    receipt: bool = False,
+    sample: str = "rows",
+    device: str = "auto",
+    scale: float | Sequence[float] = (),
+    seed: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Checks a merged model, by this tool or another, against its base and adapters or its receipt.
+
+    Args:
+        merged: the merged model's folder.
+        base: the base that it should be made from.
+        adapter: the adapters that it should be made with.
+        receipt: whether to compare with the receipt alone, by digests; needs neither base nor adapter.
+        sample: ``"rows"`` recomputes 1 % of the rows exactly and probes the rest; ``"full"`` all rows.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        scale: what each delta was multiplied with; the receipt's, or 1, if not given.
+        seed: of the rows and probes; fresh ones if not given.
+        threads: the number of workers; None chooses.
+        progress: told how far it is.
+
+    Returns:
+        a report; ``ok`` says whether all is right.
+
+    Raises:
+        FormatError: the base or an adapter is broken.
+        MismatchError: an adapter does not fit the base.
+        ValueError: neither a receipt nor base and adapter to compare with.
+        StoreError: a file cannot be read.
+    """
+    from adapterhub_tools.hub import resolve
+    from adapterhub_tools.ops import verify as op
+    from adapterhub_tools.ops.verify_receipt import verify_receipt
+    from adapterhub_tools.ops.verify_report import VerifyOptions
+
+    adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
+    if receipt:
+        return verify_receipt(local_path(merged), threads=threads, progress=progress)
+    if base is None or not adapters:
+        raise ValueError("give base and adapter, or receipt=True")
+    options = VerifyOptions(
+        sample=sample,
+        device=device,
+        scales=(scale,) if isinstance(scale, int | float) else tuple(scale),
+        threads=threads,
+        seed=seed,
+    )
+    with resolve.adapter_folders(adapters) as folders:
+        return op.verify(local_path(base), folders, local_path(merged), options, progress)

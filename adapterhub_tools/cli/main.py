@@ -15,6 +15,7 @@ COMMANDS = {
     "init": "Write the manifest of an adapter.",
     "hash": "Print the content digest of a base.",
     "merge": "Merge adapters into a base, exactly.",
+    "verify": "Check a merged model against its base and adapters, or its receipt.",
     "unmerge": "Bring the base of a merge back, bit for bit.",
     "svd-shrink": "Lower the ranks of an adapter.",
     "convert": "Write an adapter as another method.",

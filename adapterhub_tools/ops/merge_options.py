@@ -29,7 +29,7 @@ class MergeOptions:
         accept_embeddings: True to let an adapter replace embeddings that its config does not mention.
         adapter_tokenizer: True to write the adapter's tokenizer and chat template instead of the base's.
         undo: True to write beside the weights what brings the base back, bit for bit.
-        approximates: for an approximate unmerge, the digest of the merged model; no flag, goes to the receipt.
+        approximates: for an approximate unmerge, the digest of the merged model, for the receipt.
     """
 
     scales: tuple[float, ...] = ()

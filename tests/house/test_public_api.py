@@ -32,7 +32,13 @@ ONLY_IN_PYTHON = {
     "progress": "a command shows progress on a terminal by itself",
 }
 # Where the two have to differ for one command only: (command, name) -> reason.
-DIFFERENCES: dict[tuple[str, str], str] = {}
+_MODELS = "BASE ADAPTER MERGED stand in the order of `merge`, or MERGED alone; in Python each has its name"
+DIFFERENCES: dict[tuple[str, str], str] = {
+    ("verify", "models"): _MODELS,
+    ("verify", "base"): _MODELS,
+    ("verify", "adapter"): _MODELS,
+    ("verify", "merged"): _MODELS,
+}
 
 
 def command_names() -> list[str]:

@@ -1,0 +1,94 @@
+"""``adaptertool verify``: checks a merged model."""
+
+from __future__ import annotations
+
+import click
+
+from adapterhub_tools import api
+from adapterhub_tools.cli.output import Output
+from adapterhub_tools.cli.progress import progress_for
+from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
+from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
+
+
+@click.command(
+    "verify", cls=ToolCommand, example="adaptertool verify SmolLM2-135M-Instruct my-adapter merged"
+)
+@click.argument("models", metavar="[BASE ADAPTER...] MERGED", type=click.Path(), nargs=-1, required=True)
+@click.option("--receipt", is_flag=True, help="Compare MERGED alone with its receipt, by digests.")
+@click.option(
+    "--sample",
+    type=click.Choice(["rows", "full"]),
+    default="rows",
+    show_default=True,
+    help="Recompute 1 % of the rows exactly and probe the rest, or recompute all.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+@click.option(
+    "--scale",
+    type=float,
+    multiple=True,
+    help="What the delta was multiplied with, for all or for each; the receipt's, or 1, if not given.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the rows and probes; fresh ones if not given.")
+@click.option("--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given.")
+@standard_options
+@click.pass_context
+def command(
+    context: click.Context,
+    models: tuple[str, ...],
+    receipt: bool,
+    sample: str,
+    device: str,
+    scale: tuple[float, ...],
+    seed: int | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Check that MERGED is what BASE and each ADAPTER make, or with --receipt that it is unchanged.
+
+    Works on merges of this tool and of others, and says for each tensor whether it is correctly rounded, or
+    why it is wrong. Exit code 0: all is right; 1: something is wrong; 10: could not be checked.
+    """
+    if receipt != (len(models) == 1) or len(models) == 2:
+        raise click.UsageError("give BASE, ADAPTER and MERGED; or MERGED alone with --receipt.", context)
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    try:
+        report = api.verify(
+            merged=models[-1],
+            base=None if receipt else models[0],
+            adapter=models[1:-1],
+            receipt=receipt,
+            sample=sample,
+            device=device,
+            scale=scale,
+            seed=seed,
+            threads=threads,
+            progress=progress_for(output),
+        )
+    except AdapterError as error:
+        # Without base and adapter there is nothing to compare with: that says nothing about the merge.
+        output.error(error)
+        context.exit(EXIT_COULD_NOT_CHECK)
+    if as_json:
+        output.json("verify", report.to_json())
+        context.exit(report.exit_code)
+    output.problems(report.problems)
+    output.problems(report.unchecked)
+    if verbose:
+        output.table(
+            "tensors",
+            ("name", "verdict", "arithmetic", "rows", "compared"),
+            [(t.name, t.verdict, t.arithmetic, str(t.rows), str(t.rows_checked)) for t in report.tensors],
+        )
+    output.notes(report.notes)
+    output.line(report.summary)
+    context.exit(report.exit_code)
