@@ -214,4 +214,5 @@ def _apply(factored: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
     padded[: columns.shape[0]] = columns
     if not columns.shape[1]:
         return padded
-    return torch.ormqr(reflections[:, : tau.shape[0]].contiguous(), tau, padded)
+    # geqrf gives columns one after another, as ormqr wants them; a copy by rows would cost more than both.
+    return torch.ormqr(reflections[:, : tau.shape[0]], tau, padded)
