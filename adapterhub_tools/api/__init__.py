@@ -231,6 +231,7 @@ def merge(
     accept_embeddings: bool = False,
     adapter_tokenizer: bool = False,
     undo: bool = False,
+    replay: Reference | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges adapters into a base: each weight is the correctly rounded value of the exact formula.
@@ -251,13 +252,16 @@ def merge(
         accept_embeddings: whether the adapter may replace embeddings that its config does not mention.
         adapter_tokenizer: whether to write the adapter's tokenizer and template instead of the base's.
         undo: whether to write also what brings the base back, bit for bit; see ``unmerge``.
+        replay: the receipt of the merge to repeat, or its folder: it decides scales and dtype, and the result
+            must be its.
         progress: told how far it is.
 
     Raises:
         FormatError: an input is broken; every problem.
         UnsupportedError: something that cannot be merged.
         MismatchError: an adapter does not fit the base.
-        IntegrityError: the base is not the one that a manifest records.
+        IntegrityError: the base is not the one that a manifest records, or the result is not that of the
+            merge to replay.
         StoreError: could not read or write; the destination is untouched.
     """
     from dataclasses import replace as with_fields
@@ -278,6 +282,7 @@ def merge(
         accept_embeddings=accept_embeddings,
         adapter_tokenizer=adapter_tokenizer,
         undo=undo,
+        replay=optional_path(replay),
     )
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
     with resolve.base_files(base) as opened, resolve.adapter_folders(adapters) as folders:

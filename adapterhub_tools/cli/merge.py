@@ -56,6 +56,12 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     "--adapter-tokenizer", is_flag=True, help="Take tokenizer and chat template from the adapter's folder."
 )
 @click.option("--undo", is_flag=True, help="Also write what brings the base back, bit for bit.")
+@click.option(
+    "--replay",
+    metavar="RECEIPT",
+    type=click.Path(path_type=Path),
+    help="Repeat the merge of this receipt: its scales and dtype; another result is an error.",
+)
 @standard_options
 def command(
     base: str,
@@ -72,6 +78,7 @@ def command(
     accept_embeddings: bool,
     adapter_tokenizer: bool,
     undo: bool,
+    replay: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -98,6 +105,7 @@ def command(
         accept_embeddings=accept_embeddings,
         adapter_tokenizer=adapter_tokenizer,
         undo=undo,
+        replay=replay,
         progress=progress_for(output),
     )
     if as_json:

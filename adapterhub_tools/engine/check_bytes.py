@@ -13,18 +13,18 @@ from adapterhub_tools.engine.check_points import round_block
 from adapterhub_tools.engine.formula import formula
 from adapterhub_tools.linalg.formats import FORMATS
 from adapterhub_tools.linalg.rounding import BlockRounder
+from adapterhub_tools.model.protocols import OpenSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.model.plan import ByteRange, Step
-    from adapterhub_tools.model.protocols import OpenSource
 
 _PIECE = 4 << 20
 _ROWS_BYTES = 3 << 20
 """Bytes of float64 rows at a time: not what a merge takes, so that its blocks are not repeated."""
 
-Opener = Callable[[str], "OpenSource"]
+Opener = Callable[[str], OpenSource]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

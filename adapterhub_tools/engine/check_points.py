@@ -253,7 +253,7 @@ def delta_rounded_first(
     dtype: str,
     device: str,
 ) -> bool:
-    """Says whether rows are ``round(w + round(delta))`` with a delta evaluated in float32, as PEFT does it."""
+    """Says whether rows are ``round(w + round(delta))``, the delta evaluated in float32, as PEFT does it."""
     w, m = base.to(device, torch.float64), merged.to(device, torch.float64)
     low, high = w.clone(), w.clone()
     inner = sum(int(product.left.shape[1]) for product in products)

@@ -8,7 +8,8 @@ that its variance is at most about Σu²/12. A row left out, a permuted factor o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import sqrt
 from typing import TYPE_CHECKING
@@ -23,14 +24,15 @@ from adapterhub_tools.engine.check_points import (
     Wrong,
     check_rows,
     delta_rounded_first,
+    round_block,
     spacing,
 )
+from adapterhub_tools.model.protocols import OpenSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.model.plan import ByteRange, Step, Term
-    from adapterhub_tools.model.protocols import OpenSource
 
 PROBES = 8
 SIGMA = 6.0
@@ -38,7 +40,10 @@ _BLOCK = 1 << 21
 _SCALE_SLACK = 2.0**-8
 """A scale that was itself rounded to bfloat16 is off by this much and no more."""
 
-Opener = Callable[[str], "OpenSource"]
+ROUNDED_FACTORS = "factors rounded first"
+"""The verdict where factors and delta were rounded to the base's dtype before the sum."""
+
+Opener = Callable[[str], OpenSource]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +81,8 @@ class TensorCheck:
     """What was found about a merged tensor.
 
     Attributes:
-        verdict: ``"correctly rounded"``, ``"delta rounded first"``, ``"within k ulp"`` or ``"wrong"``.
+        verdict: ``"correctly rounded"``, ``"delta rounded first"``, ROUNDED_FACTORS, ``"within k ulp"`` or
+            ``"wrong"``.
         rows: how many rows it has.
         rows_checked: how many were recomputed exactly.
         wrong: how many of their weights are not correctly rounded.
@@ -108,16 +114,30 @@ class Pair:
 
     def __init__(self, step: Step, merged: ByteRange, open_source: Opener, device: str) -> None:
         """Loads the factors."""
-        self.step, self.merged, self.device = step, merged, device
-        self.open_source = open_source
-        self.rows, self.columns = matrix_shape(step.output.shape)
-        self.dtype = merged.spec.dtype
+        self.step: Step = step
+        self.merged: ByteRange = merged
+        self.device: str = device
+        self.open_source: Opener = open_source
+        rows, columns = matrix_shape(step.output.shape)
+        self.rows: int = rows
+        self.columns: int = columns
+        self.dtype: str = merged.spec.dtype
         self.products: tuple[Product, ...] = ()
         if is_own(step):
             self.products = tuple(product_of(term, open_source) for term in step.terms)
-        self.reach = torch.zeros(self.rows, dtype=torch.float64)
+        self.reach: Tensor = torch.zeros(self.rows, dtype=torch.float64)
         for product in self.products:
             self.reach += product.reach()
+
+    def with_rounded_factors(self) -> Pair:
+        """Returns the same pair with factors rounded to the base's dtype, as when PEFT loads them in it."""
+        other = copy(self)
+        dtype = self.step.start.spec.dtype
+        other.products = tuple(
+            replace(product, left=round_block(product.left, dtype), right=round_block(product.right, dtype))
+            for product in self.products
+        )
+        return other
 
     def read(self, item: ByteRange, first: int, count: int) -> Tensor:
         """Returns rows as they are stored."""
@@ -244,12 +264,17 @@ def check_sum(
         verdict="correctly rounded", rows=pair.rows, rows_checked=pair.rows if rows is None else len(rows)
     )
     _judge(check, pair, found, rows, strict, most_steps)
+    if check.verdict == ROUNDED_FACTORS:
+        pair = pair.with_rounded_factors()
     if check.verdict == "wrong" or (rows is None and check.verdict == "correctly rounded"):
         return check
     check.probe = pair.probe(generator, rounded_first=check.verdict != "correctly rounded")
     if rows is not None and (check.probe.suspicious or check.probe.other_scale):
         check.escalated, check.rows_checked = True, pair.rows
-        _judge(check, pair, pair.check_all(), None, strict, most_steps)
+        if check.verdict == ROUNDED_FACTORS:
+            check.verdict = ROUNDED_FACTORS if pair.rounded_first(None) else "wrong"
+        else:
+            _judge(check, pair, pair.check_all(), None, strict, most_steps)
     if check.verdict not in ("wrong", "correctly rounded") and check.probe.other_scale:
         check.verdict = "wrong"
     return check
@@ -265,6 +290,8 @@ def _judge(
         check.verdict = "wrong"
     elif pair.rounded_first(rows):
         check.verdict = "delta rounded first"
+    elif pair.with_rounded_factors().rounded_first(rows):
+        check.verdict = ROUNDED_FACTORS
     elif found.steps <= most_steps:
         check.verdict = "within k ulp"
     else:

@@ -25,8 +25,9 @@ from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter
 from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
 from adapterhub_tools.ops.fit import fit
+from adapterhub_tools.ops.manifest_record import check_record
 from adapterhub_tools.ops.merge_base_check import (
-    check_config,
+    check_recorded_base,
     checked_digest,
     compare_base,
     recorded_algorithm,
@@ -35,6 +36,7 @@ from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_outputs import SideOutputs, index_text, side_outputs
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
+from adapterhub_tools.ops.merge_replay import compare_replay, replayed
 from adapterhub_tools.ops.module_kinds import guarantee_of
 from adapterhub_tools.ops.random_tensors import checked_random_digest
 from adapterhub_tools.ops.undo_plan import plan_undo
@@ -52,7 +54,8 @@ class MergeReport:
     Attributes:
         out: the output folder; None in a dry run without one.
         dry_run: True if nothing was written.
-        changed: how many base tensors changed.
+        changed: how many target tensors have other bytes now, by their digests; in a dry run, and with
+            ``check_base="off"``, how many are computed.
         expected: how many the adapters target.
         modules: how many target modules the adapters have.
         tensors: how many tensors the output has.
@@ -120,12 +123,12 @@ def merge(
         FormatError: a file is not what it claims, or holds NaN or infinities where it is computed with.
         UnsupportedError: an adapter of a sort that cannot be merged; the message says why and what to do.
         MismatchError: an adapter does not fit the base, or two do not fit each other.
-        IntegrityError: the base is not the one that an adapter's manifest records.
+        IntegrityError: the base is not the one that an adapter's manifest records, or the result is not that
+            of the merge to replay.
         LossyError: a result overflows the output's dtype.
         StoreError: the output cannot be written; nothing is at ``out`` that was not there before.
     """
     options.check_values()
-    scales = options.scale_of_each(len(adapters))
     if not adapters:
         raise MismatchError.of("no-adapter", "no adapter was given.", remedy="Give at least one.")
     inputs = [base.root if isinstance(base, Checkpoint) else base, *adapters]
@@ -134,8 +137,11 @@ def merge(
     elif not options.dry_run:
         raise ValueError("out may be None only in a dry run")
     opened = [_open_mergeable(path, options) for path in adapters]
+    options, wanted = replayed(options, adapters, opened)
+    scales = options.scale_of_each(len(adapters))
     checkpoint = open_checkpoint(base)
     parts = _fit_all(opened, adapters, scales, checkpoint)
+    check_recorded_base(parts, checkpoint, options)
     algorithm = recorded_algorithm(opened)
     device = _device(options.device)
 
@@ -153,14 +159,13 @@ def merge(
         check_space(out.absolute().parent, planned.plan.written_bytes + side.nbytes + kept)
     if options.dry_run or out is None:
         return _report(out, planned, parts, notes, receipt=None, resolved=0)
-    check_config(opened, checkpoint, options)
     with (
         stage(
             out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
         ) as staged,
         recording(staged, undo, checkpoint) as record,
     ):
-        receipt, resolved = _write(
+        receipt, resolved, kept_values = _write(
             staged,
             record,
             planned,
@@ -175,9 +180,10 @@ def merge(
             threads,
             progress,
         )
+        compare_replay(receipt, wanted)
         staged.commit((RECEIPT_FILE, canonical_json(receipt.to_json()).encode("utf-8")))
     left = tuple(f"could not be removed: {name}" for name in staged.left)
-    return _report(out, planned, parts, notes + left, receipt=receipt, resolved=resolved)
+    return _report(out, planned, parts, notes + left, receipt=receipt, resolved=resolved, same=kept_values)
 
 
 def _open_mergeable(path: Path, options: MergeOptions) -> OpenedAdapter:
@@ -200,6 +206,7 @@ def _open_mergeable(path: Path, options: MergeOptions) -> OpenedAdapter:
     if options.accept_embeddings:
         problems = tuple(problem for problem in problems if problem.kind != "saved-embedding")
     raise_for(problems, FormatError)
+    check_record(opened)
     methods = {module.method for module in opened.adapter.modules} - set(registry.names("methods"))
     if methods:
         raise UnsupportedError.of(
@@ -258,7 +265,7 @@ def _write(
     device: str,
     threads: int,
     progress: Progress | None,
-) -> tuple[Receipt, int]:
+) -> tuple[Receipt, int, frozenset[str]]:
     from adapterhub_tools.engine.run import run
 
     checks = {
@@ -328,7 +335,8 @@ def _write(
         notes=notes,
         undo=record.write(base, digest, digests),
     )
-    return receipt, result.resolved
+    same = frozenset(name for name, digest in result.outputs.items() if result.base.get(name) == digest)
+    return receipt, result.resolved, same
 
 
 def _notes(parts: Sequence[Part], planned: MergePlan, side: SideOutputs) -> tuple[str, ...]:
@@ -360,8 +368,9 @@ def _report(
     *,
     receipt: Receipt | None,
     resolved: int,
+    same: frozenset[str] = frozenset(),
 ) -> MergeReport:
-    names = {step.output.name for step in planned.plan.steps if step.action in ("merge", "replace")}
+    names = {step.output.name for step in planned.plan.steps if step.action in ("merge", "replace")} - same
     # A head that stays tied to the embedding and is not stored is changed there.
     expected = {
         name if planned.ties.untied else part.fit.stored(name)

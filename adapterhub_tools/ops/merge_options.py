@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
 from adapterhub_tools.errors import MismatchError
 from adapterhub_tools.model.tensor import DTYPE_NAMES
@@ -29,6 +30,7 @@ class MergeOptions:
         accept_embeddings: True to let an adapter replace embeddings that its config does not mention.
         adapter_tokenizer: True to write the adapter's tokenizer and chat template instead of the base's.
         undo: True to write beside the weights what brings the base back, bit for bit.
+        replay: the receipt of the merge to repeat: it decides scales and dtype, and the result must be its.
         approximates: for an approximate unmerge, the digest of the merged model, for the receipt.
     """
 
@@ -43,6 +45,7 @@ class MergeOptions:
     accept_embeddings: bool = False
     adapter_tokenizer: bool = False
     undo: bool = False
+    replay: Path | None = None
     approximates: str | None = None
 
     def scale_of_each(self, adapters: int) -> tuple[float, ...]:

@@ -35,8 +35,9 @@ class TensorVerdict:
 
     Attributes:
         name: its name.
-        verdict: ``"identical"``, ``"cast"``, ``"replaced"``, ``"correctly rounded"``, ``"delta rounded
-            first"``, ``"within k ulp"``, ``"recomputed"``, ``"digest"`` or ``"wrong"``.
+        verdict: ``"identical"``, ``"cast"``, ``"replaced"``, ``"correctly rounded"``,
+            ``"delta rounded first"``, ``"factors rounded first"``, ``"within k ulp"``, ``"recomputed"``,
+            ``"digest"`` or ``"wrong"``; explained in docs/verify.md.
         arithmetic: ``"own"`` where this command's arithmetic shares nothing with merge's, ``"recomputed"``
             where the merge's own was run again in other blocks, ``"bytes"`` where nothing was computed.
         rows: how many rows it has.

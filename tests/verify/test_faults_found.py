@@ -80,7 +80,9 @@ def test_one_bit(tmp_path: Path, dtype: str, flips: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_ulp_in_full_mode(tmp_path: Path, dtype: str) -> None:
     models = scene(tmp_path, dtype=dtype)
-    models.now[Q0][7, 9] = torch.nextafter(models.now[Q0][7, 9], torch.tensor(9.0, dtype=models.now[Q0].dtype))
+    models.now[Q0][7, 9] = torch.nextafter(
+        models.now[Q0][7, 9], torch.tensor(9.0, dtype=models.now[Q0].dtype)
+    )
     models.save()
     report = check(tmp_path, sample="full")
     assert report.exit_code == 1
@@ -142,9 +144,7 @@ def test_a_stale_and_a_truncated_shard(tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", hidden=HIDDEN, delta=0.2)
     at.merge(base, adapter, tmp_path / "merged")
     shard = next(
-        path
-        for path in sorted((tmp_path / "merged").glob("*.safetensors"))
-        if Q0 in load_file(path)
+        path for path in sorted((tmp_path / "merged").glob("*.safetensors")) if Q0 in load_file(path)
     )
     good = shard.read_bytes()
     shard.write_bytes((base / shard.name).read_bytes())
