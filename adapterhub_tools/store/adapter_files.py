@@ -21,6 +21,9 @@ from adapterhub_tools.store.header import SafetensorsHeader, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+OTHER_WEIGHTS_FILES = ("adapter.safetensors",)
+"""What the adapters library calls them; a head may lie beside them in a file of its own."""
+_PICKLE_STEMS = ("adapter_model.", "pytorch_adapter.")
 MANIFEST_FILE = "adapter_manifest.json"
 
 
@@ -101,11 +104,12 @@ def _open_folder(root: Path, opener: Opener | None) -> AdapterFiles:
     names = names_in(root)
     safetensors = [name for name in names if name.endswith(".safetensors")]
     pickles = tuple(
-        name for name in names if name.startswith("adapter_model.") and name.endswith(PICKLE_SUFFIXES)
+        name for name in names if name.startswith(_PICKLE_STEMS) and name.endswith(PICKLE_SUFFIXES)
     )
     base_names = [stem + end for stem in STEMS for end in (".safetensors", ".safetensors.index.json")]
-    if WEIGHTS_FILE in safetensors:
-        weights: str | None = WEIGHTS_FILE
+    known = [name for name in (WEIGHTS_FILE, *OTHER_WEIGHTS_FILES) if name in safetensors]
+    if known:
+        weights: str | None = known[0]
     elif CONFIG_FILE not in names and any(name in names for name in base_names):
         message = f"this is a base model: it has no '{CONFIG_FILE}'; expected an adapter."
         remedy = "Give the base first, then the adapter."

@@ -24,10 +24,11 @@ pytestmark = pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus of real 
 REFUSED = (
     ("Hirvita6__LoRA-flower-diffusion/lora_weights", at.FormatError, "2 bytes"),
     ("Srikanth1408__Stable_Diffusion-Hackathon", at.FormatError, "ends at byte"),
-    ("AnHu2410__MD_crosslingual/adapter", at.UnsupportedError, "naming scheme"),
     ("wellCh4n__pokemon-diffusers", at.UnsupportedError, "naming scheme"),
 )
 NOT_MERGEABLE = (
+    ("AnHu2410__MD_crosslingual/adapter", "layers of its own"),
+    ("ekgus9__Legal_Domain_PEFT/final_adapter", "layers of its own"),
     ("D-Yurtaev__test-generation/final_model", "rank"),
     ("Kuntya__Udacity/trainer_peft", "modules_to_save.lora_A"),
 )

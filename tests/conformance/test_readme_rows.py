@@ -19,6 +19,7 @@ from peft import (
     get_peft_model,
 )
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import adapterhub_tools as at
@@ -163,17 +164,16 @@ def test_refused_types_are_described(base: Path, tmp_path: Path, config: PeftCon
     assert_refused(base, adapter, tmp_path / "out", f"(?i){reason}")
 
 
-def test_bottleneck_adapters_are_refused(base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+def test_bottleneck_adapters_are_described_and_refused(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bottleneck"
     folder.mkdir()
-    config = {"config": {"architecture": None}, "hidden_size": 32, "model_class": "BertModel", "name": "n"}
+    config = {"config": {"reduction_factor": 8}, "model_class": "LlamaAdapterModel", "name": "n"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    key = "bert.encoder.layer.0.output.adapters.n.adapter_down.0.weight"
+    key = "model.layers.0.mlp.adapters.n.adapter_down.0.weight"
     save_file({key: torch.ones(4, 32)}, folder / "adapter.safetensors")
-    with pytest.raises(at.UnsupportedError, match="naming scheme"):
-        at.inspect(folder)
+    at.init(folder, base=base)
+    assert at.validate(folder, base=base).ok
+    assert_refused(base, folder, tmp_path / "out", "layers of its own")
 
 
 def test_pickles_are_never_read(base: Path, tmp_path: Path) -> None:
