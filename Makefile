@@ -61,6 +61,7 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/merge.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/verify.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python benchmarks/startup.py
 
 clean:
