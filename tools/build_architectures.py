@@ -1,9 +1,10 @@
 """Writes adapterhub_tools/architectures/tables.json from the installed transformers.
 
 For each model type it builds the model with one layer on the meta device (no weights), and records the path
-of the embeddings, which parameters are one tensor, and which modules store their weight as (in, out). Run it
-after an upgrade of transformers; tests/unit/test_architectures.py compares the file with what this script
-would write.
+of the embeddings, which parameters are one tensor, which modules store their weight as (in, out), and which
+names differ between memory and disk (``transformers.conversion_mapping``; the names that ``save_pretrained``
+writes are compared with those that the table gives). Run it after an upgrade of transformers;
+tests/unit/test_architectures.py compares the file with what this script would write.
 
     python tools/build_architectures.py            # writes the table
     python tools/build_architectures.py --check    # exits 1 if the file differs
@@ -31,7 +32,8 @@ MODELS = {
     "speech": "whisper",
     "image_text": "gemma3",
     "causal_image": "imagegpt",
-    "bare": "vit clip siglip decision_transformer",
+    "image": "vit",
+    "bare": "clip clip_text_model clip_vision_model siglip siglip_vision_model decision_transformer",
 }
 
 _SMALL = {
@@ -50,6 +52,7 @@ def _classes(kind: str) -> Any:
         "seq2seq": t.AutoModelForSeq2SeqLM,
         "speech": t.AutoModelForSpeechSeq2Seq,
         "image_text": t.AutoModelForImageTextToText,
+        "image": t.AutoModelForImageClassification,
         "bare": t.AutoModel,
     }.get(kind)
 
@@ -128,8 +131,77 @@ def describe(kind: str, model_type: str) -> dict[str, Any]:
         "tied": _groups(model),
         "always_tied": _groups(apart),
         "tied_default": bool(getattr(t.AutoConfig.for_model(model_type), "tie_word_embeddings", False)),
+        "unties": not t.AutoConfig.for_model(model_type, tie_word_embeddings=False).tie_word_embeddings,
         "conv1d_modules": sorted(conv1d),
+        **names_apart(apart),
     }
+
+
+def names_apart(model: Any) -> dict[str, Any]:
+    """Returns the ``renames`` and ``converters`` of a model: what its names on disk have of their own."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        apply_converters,
+        apply_renamings,
+        revert_weight_conversion,
+    )
+
+    given = get_model_conversion_mapping(model, add_legacy=False)
+    prefixes = [item for item in given if isinstance(item, PrefixChange)]
+    back = [item.reverse_transform() for item in reversed(given) if not isinstance(item, PrefixChange)]
+    converters = [item for item in back if isinstance(item, WeightConverter)]
+    renamings: list[Any] = [item for item in back if not isinstance(item, WeightConverter)]
+    inner = f"{model.base_model_prefix}."
+    renames: dict[str, list[str]] = {}
+    written = set()
+    for name in model.state_dict():
+        if apply_converters(name, converters)[1] is None:
+            on_disk = apply_renamings(name, renamings)
+            written.add(on_disk)
+            if on_disk != name:
+                memory, disk = _where_they_differ(name, on_disk, inner)
+                renames.setdefault(memory, [disk])
+    saved = set(revert_weight_conversion(model, model.state_dict()))
+    if not written <= saved or (not converters and written != saved):
+        raise ValueError(f"{type(model).__name__} is saved otherwise than its conversion mapping says")
+    for item in prefixes:
+        if item.prefix_to_remove is None:
+            raise ValueError(f"{type(model).__name__} adds a prefix that checkpoints lack: not foreseen here")
+        scope = item.scope_prefix or ""
+        names = [name for name, _ in model.named_modules()]
+        memory = scope if scope in names or not scope else inner + scope
+        usual = renames.setdefault(memory, [memory])
+        usual.append(f"{usual[0]}.{item.prefix_to_remove}".lstrip("."))
+    return {
+        "renames": [{"memory": memory, "disk": disk} for memory, disk in sorted(renames.items())],
+        "converters": [
+            {
+                "memory": [_plain(pattern) for pattern in item.source_patterns],
+                "disk": [_plain(pattern) for pattern in item.target_patterns],
+                "operations": [type(step.reverse_op).__name__ for step in reversed(item.operations)],
+            }
+            for item in reversed(converters)
+        ],
+    }
+
+
+def _plain(pattern: str) -> str:
+    """Returns a pattern of transformers as a dotted path; in those of experts ``*`` is an index."""
+    return pattern.replace("\\", "").strip("^$.")
+
+
+def _where_they_differ(memory: str, disk: str, inner: str) -> tuple[str, str]:
+    """Returns the shortest start of two names that differs, indices as ``*``, without a shared prefix."""
+    if memory.startswith(inner) and disk.startswith(inner):
+        memory, disk = memory.removeprefix(inner), disk.removeprefix(inner)
+    left, right = memory.split("."), disk.split(".")
+    while min(len(left), len(right)) > 1 and left[-1] == right[-1]:
+        left.pop()
+        right.pop()
+    starred = [".".join("*" if part.isdecimal() else part for part in parts) for parts in (left, right)]
+    return starred[0], starred[1]
 
 
 def table() -> dict[str, Any]:

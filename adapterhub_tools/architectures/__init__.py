@@ -7,9 +7,15 @@ them.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from adapterhub_tools.architectures.renames import Converter, Rename, Renames
+
+__all__ = ["Architecture", "embedding_names", "head_names", "lookup", "source", "table"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +32,11 @@ class Architecture:
             stores comes first.
         always_tied: groups that are one tensor in any case.
         tied_default: whether embeddings are tied when the config does not say (``tie_word_embeddings``).
+        unties: whether a config can say that embeddings are apart. False for T5, of which transformers 5
+            ties what a checkpoint does not store and leaves the rest as it is, whatever the config says.
         conv1d_modules: last parts of the paths of modules that store their weight as (in, out).
+        renames: names in memory that differ from those on disk.
+        converters: weights that are joined, split or transposed on the way to memory.
     """
 
     model_type: str
@@ -36,7 +46,10 @@ class Architecture:
     tied: tuple[tuple[str, ...], ...]
     always_tied: tuple[tuple[str, ...], ...]
     tied_default: bool
+    unties: bool
     conv1d_modules: tuple[str, ...]
+    renames: Renames
+    converters: tuple[Converter, ...]
 
     def is_conv1d(self, path: str) -> bool:
         """Tells whether the module at ``path`` stores its weight as (in, out)."""
@@ -52,11 +65,35 @@ class Architecture:
         groups = (*self.always_tied, *(self.tied if tied else ()))
         return next((group for group in groups if name in group), (name,))
 
+    def on_disk(self, name: str, stored: Collection[str]) -> str:
+        """Returns the name that a checkpoint has for a parameter or module; where none is stored, the usual.
+
+        Args:
+            name: its name in memory.
+            stored: the checkpoint's tensor names.
+        """
+        names = (*self.renames.to_disk(name), name)
+        return next((found for found in names if found in stored), names[0])
+
+    def in_memory(self, name: str) -> str:
+        """Returns the name in memory of a parameter or module on disk."""
+        return self.renames.to_memory(name) or name
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("tables.json").read_text(encoding="utf-8"))
+    return data
+
+
+def source() -> str:
+    """Returns where the table comes from: a library and its version."""
+    return str(_data()["source"])
+
 
 @lru_cache(maxsize=1)
 def table() -> dict[str, Architecture]:
     """Returns every known architecture by model type."""
-    data = json.loads(Path(__file__).with_name("tables.json").read_text(encoding="utf-8"))
     return {
         name: Architecture(
             model_type=name,
@@ -66,9 +103,18 @@ def table() -> dict[str, Architecture]:
             tied=tuple(map(tuple, row["tied"])),
             always_tied=tuple(map(tuple, row["always_tied"])),
             tied_default=row["tied_default"],
+            unties=row["unties"],
             conv1d_modules=tuple(row["conv1d_modules"]),
+            renames=Renames(
+                base_prefix=row["base_prefix"],
+                pairs=tuple(Rename(memory=r["memory"], disk=tuple(r["disk"])) for r in row["renames"]),
+            ),
+            converters=tuple(
+                Converter(memory=tuple(c["memory"]), disk=tuple(c["disk"]), operations=tuple(c["operations"]))
+                for c in row["converters"]
+            ),
         )
-        for name, row in data["architectures"].items()
+        for name, row in _data()["architectures"].items()
     }
 
 

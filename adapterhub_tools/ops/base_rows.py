@@ -100,7 +100,6 @@ class OpenBase:
 def memory_paths(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Returns the paths, as the adapter writes them, of the base's modules that have a weight."""
     architecture = lookup((checkpoint.config or {}).get("model_type"))
-    prefix = architecture.base_prefix if architecture else ""
-    rule = choose_rule(adapter, checkpoint.tensors.keys(), prefix, [])
+    rule = choose_rule(adapter, checkpoint.tensors.keys(), architecture, [])
     names = [name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")]
     return tuple(rule.to_memory(name) for name in names)

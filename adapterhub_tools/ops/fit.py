@@ -2,8 +2,8 @@
 
 An adapter names modules as they stood in memory when it was trained; a checkpoint names tensors as some
 class saved them. One rule must take every module of the adapter to a tensor of the base. Names as they are
-come first; otherwise the rule is reported, and where two rules fit or none does, that is an error with the
-nearest names.
+come first, then the renames that the architecture's table states, then prefixes. A rule is reported, and
+where two rules fit or none does, that is an error with the nearest names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adapterhub_tools.ops.tied import Tie, find_tie, may_be_tied
 from adapterhub_tools.store.checkpoint import Checkpoint
 
 _SHOWN = 10
-_UNSUPPORTED = ("quantised-base", "tied-unsupported", "unknown-layout")
+_UNSUPPORTED = ("quantised-base", "tied-unsupported", "unknown-layout", "converted-weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,14 +139,14 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
     stored = checkpoint.tensors.keys()
     problems: list[Problem] = []
     notes: list[str] = []
-    reach = set(stored) | ({f"{tie.output_module}.weight"} if tie else set())
-    rule = choose_rule(adapter, reach, architecture.base_prefix if architecture else "", problems)
-    if rule.strip or rule.add:
+    reach = set(stored) | (set(tie.members) if tie else set())
+    rule = choose_rule(adapter, reach, architecture, problems)
+    if rule.strip or rule.add or rule.renames:
         notes.append(f"names: {rule.words}")
     full: list[FittedFull] = []
     starts: dict[str, TensorSpec] = {}
     for carried in sorted(adapter.full, key=lambda item: item.rows is not None):
-        item = _fit_full(carried, rule, checkpoint, tie, starts, problems)
+        item = _fit_full(carried, rule, checkpoint, architecture, tie, starts, problems)
         if item is not None:
             full.append(item)
             if carried.rows is None:
@@ -156,7 +156,7 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
     biases: dict[str, str] = {}
     for module in adapter.modules:
         name = f"{rule.to_disk(module.path, reach)}.weight"
-        source = tie.input_name if tie and name not in stored and name == tie.output_name else name
+        source = tie.source_of(name) if tie and name in tie.members else name
         if source not in stored:
             continue
         start = starts.get(name, checkpoint.tensors[source].spec)
@@ -240,6 +240,7 @@ def _fit_full(
     item: FullTensor,
     rule: NameRule,
     checkpoint: Checkpoint,
+    architecture: Architecture | None,
     tie: Tie | None,
     starts: Mapping[str, TensorSpec],
     problems: list[Problem],
@@ -249,6 +250,8 @@ def _fit_full(
     name = f"{rule.to_disk(module, checkpoint.tensors.keys())}.{leaf}"
     if name not in checkpoint.tensors and item.target in checkpoint.tensors:
         name = item.target
+    if name not in checkpoint.tensors and architecture is not None:
+        name = architecture.on_disk(name, checkpoint.tensors.keys())
     shape = item.tensor.shape
     part = item.rows is not None or item.role == "bias"
     source = tie.source_of(name) if tie is not None and part else name
@@ -286,13 +289,15 @@ def _fit_full(
 
 def is_embedding(name: str, tie: Tie | None, checkpoint: Checkpoint) -> bool:
     """Says whether a base tensor is an input or output embedding, which may have another number of rows."""
-    if tie and name in (tie.input_name, tie.output_name):
+    if tie and name in tie.members:
         return True
     architecture = lookup((checkpoint.config or {}).get("model_type"))
     module = name.rpartition(".")[0]
+    stored = checkpoint.tensors.keys()
     if architecture is None:
         return module.rpartition(".")[2] in embedding_names()
-    known = [part for part in (architecture.input_embedding, architecture.output_embedding) if part]
+    paths = (architecture.input_embedding, architecture.output_embedding)
+    known = [architecture.on_disk(f"{path}.weight", stored).removesuffix(".weight") for path in paths if path]
     return any(module == part or part.endswith(f".{module}") for part in known)
 
 

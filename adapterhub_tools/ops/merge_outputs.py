@@ -103,7 +103,7 @@ def _new_config(
     """Returns the config of the output and what was changed in it; the order of its keys stays."""
     new = json.loads(json.dumps(config))
     notes = []
-    if planned.ties.untied:
+    if planned.ties.config_unties:
         holders = [part for part in (new, text_config(new)) if "tie_word_embeddings" in part] or [new]
         for holder in holders:
             holder["tie_word_embeddings"] = False

@@ -14,10 +14,11 @@ from adapterhub_tools.model.plan import ByteRange, OutputFile, Placement, Plan, 
 from adapterhub_tools.model.protocols import OpenSource
 from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.ops.fit import is_embedding
+from adapterhub_tools.ops.joint_changes import check_joint
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.module_kinds import bias_factors, is_additive
-from adapterhub_tools.ops.tied_plan import Ties, settle_ties
+from adapterhub_tools.ops.tied_plan import Ties, equal_bytes, settle_ties
 from adapterhub_tools.store.checkpoint import Checkpoint
 from adapterhub_tools.store.layout import build_file
 
@@ -66,12 +67,14 @@ def plan_merge(
     """
     changes: dict[str, Change] = {}
     problems: list[Problem] = []
+    by_uri = {part.uri: part for part in parts}
     for part in parts:
         _add_terms(part, changes)
-        _add_full(part, changes, problems)
+        _add_full(part, changes, problems, by_uri)
     if problems:
         raise MismatchError(*problems)
     _refuse_mixtures(changes)
+    check_joint(checkpoint, parts, changes)
     base_range = _BaseRanges(checkpoint)
     ties = settle_ties(parts, changes, base_range, checkpoint)
     rows = _grown_rows(checkpoint, parts, changes, ties)
@@ -106,7 +109,7 @@ def changes_of(part: Part) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     problems: list[Problem] = []
     _add_terms(part, changes)
-    _add_full(part, changes, problems)
+    _add_full(part, changes, problems, {part.uri: part})
     if problems:
         raise MismatchError(*problems)
     return changes
@@ -175,7 +178,9 @@ def _refuse_mixtures(changes: Mapping[str, Change]) -> None:
         raise UnsupportedError(*problems[:_SHOWN])
 
 
-def _add_full(part: Part, changes: dict[str, Change], problems: list[Problem]) -> None:
+def _add_full(
+    part: Part, changes: dict[str, Change], problems: list[Problem], parts: Mapping[str, Part]
+) -> None:
     for item in part.fit.full:
         change = changes.setdefault(item.base_tensor, Change())
         source = part.range_of(item.full.tensor)
@@ -183,7 +188,8 @@ def _add_full(part: Part, changes: dict[str, Change], problems: list[Problem]) -
             taken = change.patch is not None
             change.patch = RowPatch(rows=item.full.rows, source=source)
         else:
-            taken = change.start is not None
+            # PEFT saves an untouched embedding with each adapter that targets it: equal ones are one.
+            taken = change.start is not None and not equal_bytes(change.start, source, parts)
             change.start = source
         if taken:
             problems.append(
@@ -211,7 +217,7 @@ def _grown_rows(
         for name, stored in checkpoint.tensors.items()
         if stored.spec.shape[:1] in before and is_embedding(name, parts[0].fit.tie, checkpoint)
     }
-    sides |= {name for name in (ties.input_name, ties.output_name) if name}
+    sides |= set(ties.names)
     sizes |= {rows for name in sides if (rows := _rows_after(name, checkpoint, changes)) is not None}
     if len(sizes) > 1:
         raise MismatchError.of(
@@ -220,6 +226,19 @@ def _grown_rows(
             f"but the other side would keep {sorted(sizes - set(grown.values()))}.",
             loc=next(iter(grown)),
             remedy="Save the adapter with both embed_tokens and lm_head in modules_to_save.",
+        )
+    left = [
+        name
+        for name, stored in checkpoint.tensors.items()
+        if name.endswith("bias") and name not in changes and (stored.spec.elements,) in before
+    ]
+    if left:
+        raise MismatchError.of(
+            "vocabulary",
+            f"the adapter resizes the vocabulary to {sizes.pop()} rows, but it does not carry "
+            f"{', '.join(left)}, which has one value for each token.",
+            loc=left[0],
+            remedy="Resize the base itself (resize_token_embeddings), save it, and merge into that.",
         )
     return sizes.pop()
 

@@ -21,13 +21,18 @@ _HEADS = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tie:
-    """A tied pair.
+    """An embedding and what shares its tensor; every name is the one on disk.
 
     Attributes:
-        input_name: the embedding's tensor on disk.
+        input_name: the embedding's tensor, which is stored.
         output_module: the head's module.
-        output_stored: True if the base also stores the head's tensor; it must hold the same values.
-        others: further tensors of the same tie; a base that has them cannot be untied here.
+        output_stored: True if the base also stores the head's tensor.
+        others: the further tensors of the same tie, such as the embeddings of an encoder and a decoder.
+        stored_others: those of them that the base stores.
+        unties: whether a config can say that the tensors are apart. If not, a loader ties what is not stored,
+            and takes the rest as it is (T5 under transformers 5).
+        headless: True if the base was saved without its head, by a class that shares an embedding between an
+            encoder and a decoder; which of them it has is not recorded.
         companions: tensors that the same config value ties (the biases of BERT's decoder), each that the base
             does not store with the one that it does.
     """
@@ -36,6 +41,9 @@ class Tie:
     output_module: str
     output_stored: bool
     others: tuple[str, ...] = ()
+    stored_others: tuple[str, ...] = ()
+    unties: bool = True
+    headless: bool = False
     companions: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -43,10 +51,17 @@ class Tie:
         """The head's tensor."""
         return f"{self.output_module}.weight"
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Every tensor of the tie: the stored one, the head's, the others."""
+        return (self.input_name, self.output_name, *self.others)
+
     def source_of(self, name: str) -> str:
         """Returns the stored tensor that has a tensor's values while the tie holds; ``name`` for others."""
-        if name == self.output_name and not self.output_stored:
-            return self.input_name
+        if name == self.output_name:
+            return name if self.output_stored else self.input_name
+        if name in self.others:
+            return name if name in self.stored_others else self.input_name
         return dict(self.companions).get(name, name)
 
 
@@ -63,23 +78,32 @@ def says_tied(config: dict[str, Any]) -> bool | None:
 
 
 def find_tie(checkpoint: Checkpoint, architecture: Architecture | None) -> Tie | None:
-    """Returns the tied pair of a base, or None where its embeddings are not tied or it has no head."""
+    """Returns the tied tensors of a base, or None where its embeddings are not tied or it has no head."""
     if architecture is None or not architecture.input_embedding or not architecture.output_embedding:
         return None
     if not _is_tied(checkpoint, architecture):
         return None
     stored = checkpoint.tensors
-    inner, output = f"{architecture.input_embedding}.weight", f"{architecture.output_embedding}.weight"
+    inner, outer = f"{architecture.input_embedding}.weight", f"{architecture.output_embedding}.weight"
+    output = architecture.on_disk(outer, stored.keys())
     found = _input_name(checkpoint, architecture)
-    if found is None or (output not in stored and _has_head(checkpoint) is False):
+    headless = output not in stored and _has_head(checkpoint) is False
+    own = [group for group in architecture.tied if inner in group or outer in group]
+    others = {name for group in own for name in group} - {inner, outer}
+    if found is None or (headless and not others):
         return None
-    own = [group for group in architecture.tied if inner in group or output in group]
-    others = {name for group in own for name in group} - {inner, output}
+    bare = "" if found.startswith(f"{architecture.base_prefix}.") else f"{architecture.base_prefix}."
+    on_disk = sorted(architecture.on_disk(name, stored.keys()).removeprefix(bare) for name in others)
+    if headless:
+        output = on_disk.pop()
     return Tie(
         input_name=found,
-        output_module=architecture.output_embedding,
+        output_module=output.removesuffix(".weight"),
         output_stored=output in stored,
-        others=tuple(sorted(others)),
+        others=tuple(on_disk),
+        stored_others=tuple(name for name in on_disk if name in stored),
+        unties=architecture.unties,
+        headless=headless,
         companions=tuple(
             (missing, source)
             for group in architecture.tied
@@ -110,13 +134,16 @@ def may_be_tied(checkpoint: Checkpoint, architecture: Architecture | None) -> bo
 
 def _is_tied(checkpoint: Checkpoint, architecture: Architecture) -> bool:
     declared = says_tied(checkpoint.config or {})
-    return architecture.tied_default if declared is None else declared
+    if not architecture.unties or declared is None:
+        return architecture.tied_default
+    return declared
 
 
 def _input_name(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
     """Returns the stored name of the embedding; that of the bare model lacks the prefix."""
     name = f"{architecture.input_embedding}.weight"
-    names = (name, name.removeprefix(f"{architecture.base_prefix}."))
+    bare = name.removeprefix(f"{architecture.base_prefix}.")
+    names = [way for path in (name, bare) for way in (*architecture.renames.to_disk(path), path)]
     return next((name for name in names if name in checkpoint.tensors), None)
 
 

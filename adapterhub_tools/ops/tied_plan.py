@@ -20,15 +20,15 @@ class Ties:
     """The outcome.
 
     Attributes:
-        input_name: the embedding's tensor, or None where nothing is tied.
-        output_name: the head's tensor, likewise.
-        untied: True if the output has both and its config must say so.
+        names: the tensors that must have the same number of rows; empty where nothing is tied.
+        untied: True if the output has tensors that differ now.
+        config_unties: True if its config must say so.
         note: what was done, for the report; empty if nothing.
     """
 
-    input_name: str | None = None
-    output_name: str | None = None
+    names: tuple[str, ...] = ()
     untied: bool = False
+    config_unties: bool = False
     note: str = ""
 
 
@@ -38,82 +38,183 @@ def settle_ties(
     base_range: Callable[[str], ByteRange],
     checkpoint: Checkpoint,
 ) -> Ties:
-    """Decides about a tied pair and completes ``changes`` accordingly.
+    """Decides about tied tensors and completes ``changes`` accordingly.
 
-    * Nothing touches the pair: it stays as it is.
+    * Nothing touches them: they stay as they are.
     * Only rows of the embedding are replaced (trainable tokens): PEFT shows them to both sides; the tie
     stays.
     * The adapter asks for tying (``ensure_weight_tying``) and changes one side: the change is the pair's.
     * The adapter makes the same change to both sides, value by value: the tie stays.
-    * Otherwise both tensors are written, the unchanged one with the values of the shared tensor, and so are
-    further tensors that the same config value ties.
+    * A resized embedding, saved for every side with the same values: the tie stays.
+    * Otherwise the tensors are written apart, each unchanged one with the values of the shared tensor, and so
+    are further tensors that the same config value ties. Where the config cannot say it (T5), what stays
+    equal to the embedding is left out: the loader ties only that.
 
     Raises:
-        UnsupportedError: more than two tensors share the embedding, or a shared bias is changed in two ways.
+        UnsupportedError: the base lacks its head, so that it is not known what shares the embedding; tying is
+            asked for where more than two share it; or a shared bias is changed in two ways.
         FormatError: the config says tied, but the base stores two tensors that differ.
     """
     tie = parts[0].fit.tie if parts else None
     if tie is None:
         return Ties()
-    if tie.input_name not in changes and tie.output_name not in changes:
+    if not any(name in changes for name in tie.members):
         _join_companions(tie, changes, parts)
         return Ties()
-    _refuse_others(tie)
-    if tie.output_stored:
-        _refuse_two_values(tie, base_range, checkpoint)
-    inner, outer = changes.get(tie.input_name), changes.get(tie.output_name)
+    if tie.headless:
+        raise _headless(tie)
+    names = _equal_members(tie, base_range, checkpoint)
+    changed = [name for name in names if name in changes]
+    if not changed:
+        return Ties()
     asks = all(part.opened.adapter.ties for part in parts if _touches(part, tie))
-    if inner is None and outer is not None and asks and (outer.terms or outer.start is not None):
-        inner, outer = outer, None
-        changes[tie.input_name] = inner
-        del changes[tie.output_name]
-    if inner is not None and outer is None and (asks or (not inner.terms and inner.start is None)):
+    if len(names) > 2:
+        if asks:
+            raise _asked(tie)
+        kept = _resized(names, changes, parts)
+    else:
+        kept = _one_change(tie, changes, parts, asks=asks)
+    if kept is not None:
         _join_companions(tie, changes, parts)
-        return _keep(tie, changes, inner, base_range, "the change is made to both")
-    if inner is not None and outer is not None and _alike(inner, outer, parts):
-        del changes[tie.output_name]
-        _join_companions(tie, changes, parts)
-        return _keep(tie, changes, inner, base_range, "the adapter changes both alike")
-    if outer is None:
-        outer = changes.setdefault(tie.output_name, Change())
-    if outer.start is None:
-        outer.start = base_range(tie.input_name)
+        return _keep(tie, names, changes, kept[0], base_range, kept[1])
+    complete = tie.unties or tie.input_name in changes
+    shared = _shared_start(tie, changes, parts) or base_range(tie.input_name)
+    for name in names[1:]:
+        if name in changes or complete:
+            change = changes.setdefault(name, Change())
+            _share_rows(tie, name, changes)
+            change.start = change.start or shared
     for missing, source in tie.companions:
         if missing not in changes:
             change = changes.get(source, Change())
             changes[missing] = Change(
                 start=change.start or base_range(source), terms=list(change.terms), patch=change.patch
             )
-    return Ties(
-        input_name=tie.input_name,
-        output_name=tie.output_name,
-        untied=True,
-        note=f"untied: {tie.input_name} and {tie.output_name} differ now; both are written",
+    written = [name for name in names if name in changes or name in checkpoint.tensors]
+    note = f"untied: {', '.join(written[:-1])} and {written[-1]} differ now; all are written"
+    if not tie.unties:
+        note += "; the config cannot say so: transformers 5 loads them apart, version 4 ties them again"
+    return Ties(names=names, untied=True, config_unties=tie.unties, note=note)
+
+
+def _shared_start(tie: Tie, changes: dict[str, Change], parts: Sequence[Part]) -> ByteRange | None:
+    """Returns the resized embedding that an adapter saved under its own factors: both sides start from it."""
+    inner = changes.get(tie.input_name)
+    saved = any(
+        item.base_tensor == tie.input_name and item.full.role == "saved_embedding" and item.full.rows is None
+        for part in parts
+        for item in part.fit.full
+    )
+    return inner.start if saved and inner is not None else None
+
+
+def _share_rows(tie: Tie, name: str, changes: dict[str, Change]) -> None:
+    """Shows trained rows of the shared tensor to another side, as PEFT does.
+
+    Raises:
+        UnsupportedError: that side has changes of its own, which PEFT applies on top of the rows.
+    """
+    inner, outer = changes.get(tie.input_name, Change()), changes[name]
+    first, second = (inner, outer) if inner.patch is not None else (outer, inner)
+    if first.patch is None or second.patch is not None:
+        return
+    if second.terms or second.start is not None or first is outer:
+        raise UnsupportedError.of(
+            "tied-unsupported",
+            f"rows of the embedding are trained, and {name}, which shares them, is changed otherwise too.",
+            loc=tie.input_name,
+            remedy="Merge with PEFT (merge_and_unload), or untie the base before training.",
+        )
+    second.patch = first.patch
+
+
+def _one_change(
+    tie: Tie, changes: dict[str, Change], parts: Sequence[Part], *, asks: bool
+) -> tuple[Change, str] | None:
+    """Returns the change that both sides of a pair have, now the embedding's only; None if they differ."""
+    inner, outer = changes.get(tie.input_name), changes.get(tie.output_name)
+    if inner is None and outer is not None and asks and (outer.terms or outer.start is not None):
+        inner, outer = outer, None
+        changes[tie.input_name] = inner
+        del changes[tie.output_name]
+    if inner is not None and outer is None and (asks or (not inner.terms and inner.start is None)):
+        return inner, "the change is made to both"
+    if inner is not None and outer is not None and _alike(inner, outer, parts):
+        del changes[tie.output_name]
+        return inner, "the adapter changes both alike"
+    return None
+
+
+def _resized(
+    names: Sequence[str], changes: dict[str, Change], parts: Sequence[Part]
+) -> tuple[Change, str] | None:
+    """Returns the change of an embedding that PEFT saved because it was resized, if every side has it."""
+    saved = {
+        item.base_tensor
+        for part in parts
+        for item in part.fit.full
+        if item.full.role == "saved_embedding" and item.full.rows is None
+    }
+    inner = changes.get(names[0])
+    rest = [name for name in names[1:] if name in changes]
+    if inner is None or inner.terms or inner.patch is not None or not saved >= {names[0], *rest}:
+        return None
+    if not all(_alike(inner, changes[name], parts) for name in rest):
+        return None
+    for name in rest:
+        del changes[name]
+    return inner, "the adapter holds the resized embedding of all"
+
+
+def _headless(tie: Tie) -> UnsupportedError:
+    return UnsupportedError.of(
+        "tied-unsupported",
+        "the adapter changes an embedding that an encoder and a decoder may share, and the base was saved "
+        "without the head, so that its sharers are not known.",
+        loc=tie.input_name,
+        remedy="Merge into the checkpoint of the whole model, saved as its …ForConditionalGeneration class.",
     )
 
 
-def _refuse_others(tie: Tie) -> None:
-    if tie.others:
-        raise UnsupportedError.of(
-            "tied-unsupported",
-            f"the adapter changes an embedding that this base shares with {', '.join(tie.others)}.",
-            loc=tie.input_name,
-            remedy="Untie the base: load it, clone the weight, save it with tie_word_embeddings=false.",
-        )
+def _asked(tie: Tie) -> UnsupportedError:
+    return UnsupportedError.of(
+        "tied-unsupported",
+        f"the adapter asks for tying (ensure_weight_tying), but {', '.join(tie.members)} share one tensor, "
+        "and which of them it ties is not recorded.",
+        loc=tie.input_name,
+        remedy="Train without ensure_weight_tying: each of these modules is then merged on its own.",
+    )
 
 
-def _refuse_two_values(tie: Tie, base_range: Callable[[str], ByteRange], checkpoint: Checkpoint) -> None:
-    """Refuses a pair that is tied by the config and untied by its values; loaders disagree about it.
+def _equal_members(
+    tie: Tie, base_range: Callable[[str], ByteRange], checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """Returns the tensors that are one when the base is loaded, the embedding first."""
+    names = [tie.input_name]
+    for name in tie.members[1:]:
+        if name in checkpoint.tensors and not _equal_stored(tie.input_name, name, base_range, checkpoint):
+            if tie.unties:
+                raise _two_values(tie.input_name, name, checkpoint)
+            continue
+        names.append(name)
+    return tuple(names)
+
+
+def _equal_stored(
+    first: str, second: str, base_range: Callable[[str], ByteRange], checkpoint: Checkpoint
+) -> bool:
+    opened = checkpoint.tensors
+    with checkpoint.open(opened[first].file) as left, checkpoint.open(opened[second].file) as right:
+        return _equal_ranges(left, base_range(first), right, base_range(second))
+
+
+def _two_values(first: str, second: str, checkpoint: Checkpoint) -> FormatError:
+    """Refuses tensors that are tied by the config and untied by their values; loaders disagree about them.
 
     transformers 4 takes the embedding for both, transformers 5 takes each tensor as it is stored
     (``PreTrainedModel.tie_weights``), so the adapter may have been trained on either model.
     """
-    first, second = tie.input_name, tie.output_name
-    opened = checkpoint.tensors
-    with checkpoint.open(opened[first].file) as left, checkpoint.open(opened[second].file) as right:
-        if _equal_ranges(left, base_range(first), right, base_range(second)):
-            return
-    raise FormatError.of(
+    return FormatError.of(
         "tie",
         f"the config says that {second} is tied to {first}, but the two are stored with different values.",
         file=checkpoint.config_file or "",
@@ -142,23 +243,25 @@ def _join_companions(tie: Tie, changes: dict[str, Change], parts: Sequence[Part]
 def _touches(part: Part, tie: Tie) -> bool:
     names = {place.base_tensor for place in part.fit.placements.values()}
     names |= {item.base_tensor for item in part.fit.full}
-    return bool(names & {tie.input_name, tie.output_name})
+    return bool(names & set(tie.members))
 
 
 def _keep(
-    tie: Tie, changes: dict[str, Change], inner: Change, base_range: Callable[[str], ByteRange], why: str
+    tie: Tie,
+    names: tuple[str, ...],
+    changes: dict[str, Change],
+    inner: Change,
+    base_range: Callable[[str], ByteRange],
+    why: str,
 ) -> Ties:
-    if tie.output_stored:
+    stored = [name for name in names[1:] if tie.source_of(name) == name]
+    for name in stored:
         start = inner.start or base_range(tie.input_name)
-        terms = [
-            replace(term, placement=replace(term.placement, base_tensor=tie.output_name))
-            for term in inner.terms
-        ]
-        changes[tie.output_name] = Change(start=start, terms=terms, patch=inner.patch)
+        terms = [replace(term, placement=replace(term.placement, base_tensor=name)) for term in inner.terms]
+        changes[name] = Change(start=start, terms=terms, patch=inner.patch)
     return Ties(
-        input_name=tie.input_name,
-        output_name=tie.output_name if tie.output_stored else None,
-        note=f"{tie.input_name} stays tied to {tie.output_name}: {why}",
+        names=(names[0], *stored),
+        note=f"{tie.input_name} stays tied to {', '.join(names[1:])}: {why}",
     )
 
 
@@ -176,12 +279,13 @@ def _alike(inner: Change, outer: Change, parts: Sequence[Part]) -> bool:
         if inner.patch.rows != outer.patch.rows:
             return False
         pairs.append((inner.patch.source, outer.patch.source))
-    return all(_equal_bytes(first, second, sources) for first, second in pairs) and all(
+    return all(equal_bytes(first, second, sources) for first, second in pairs) and all(
         _equal_terms(first, second, sources) for first, second in zip(inner.terms, outer.terms, strict=True)
     )
 
 
-def _equal_bytes(first: ByteRange, second: ByteRange, sources: Mapping[str, Part]) -> bool:
+def equal_bytes(first: ByteRange, second: ByteRange, sources: Mapping[str, Part]) -> bool:
+    """Says whether two tensors of adapters have the same shape, dtype and bytes."""
     with sources[first.uri].open() as left, sources[second.uri].open() as right:
         return _equal_ranges(left, first, right, second)
 
@@ -216,7 +320,7 @@ def _equal_terms(first: Term, second: Term, sources: Mapping[str, Part]) -> bool
 
 def _equal_factors(first: ByteRange, second: ByteRange, turned: bool, sources: Mapping[str, Part]) -> bool:
     if not turned:
-        return _equal_bytes(first, second, sources)
+        return equal_bytes(first, second, sources)
     if first.spec.shape != second.spec.shape[::-1] or first.spec.dtype != second.spec.dtype:
         return False
     from adapterhub_tools.engine.buffers import load_whole

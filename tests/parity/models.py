@@ -29,6 +29,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
@@ -168,23 +169,29 @@ def masked_bert(*, tied: bool = True) -> BertForMaskedLM:
     return _made(BertForMaskedLM(config))
 
 
+def t5_config() -> T5Config:
+    """Sizes of the models below."""
+    return T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+
+
 def t5() -> T5ForConditionalGeneration:
     """An encoder, a decoder and a head that share one embedding."""
-    return _made(
-        T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=VOCAB,
-                d_model=HIDDEN,
-                d_kv=8,
-                d_ff=48,
-                num_layers=2,
-                num_heads=4,
-                decoder_start_token_id=0,
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        )
-    )
+    return _made(T5ForConditionalGeneration(t5_config()))
+
+
+def t5_encoder() -> T5EncoderModel:
+    """The encoder of such a model."""
+    return _made(T5EncoderModel(t5_config()))
 
 
 def mixtral() -> MixtralForCausalLM:
@@ -288,14 +295,23 @@ def example_inputs(model: nn.Module, rows: int = VOCAB) -> dict[str, Tensor]:
             "signal": torch.randn(2, 4, 20, generator=generator),
             "volume": torch.randn(2, 2, 5, 6, 6, generator=generator),
         }
-    if name.startswith(("ResNet", "ViT")):
+    if name.startswith(("ResNet", "ViT", "CLIPVision")):
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     length = 32
     count = -(-rows // length)
     order = torch.randperm(count * length, generator=generator) % rows
     inputs = {"input_ids": order.view(count, length)}
-    if name.startswith("T5"):
+    if name.startswith(("T5For", "MT5For")):
         inputs["decoder_input_ids"] = order.flip(0).view(count, length)[:, :8]
+    elif name.startswith("Whisper"):
+        sound = torch.randn(count, 80, 32, generator=generator)
+        inputs = {"input_features": sound, "decoder_input_ids": inputs["input_ids"]}
+    elif name.startswith("CLIPModel"):
+        inputs["pixel_values"] = torch.randn(2, 3, 16, 16, generator=generator)
+    elif name.startswith("Gemma3ForConditional"):
+        image = torch.full((count, 16), int(model.config.image_token_id))
+        inputs["input_ids"] = torch.cat([image, inputs["input_ids"]], 1)
+        inputs["pixel_values"] = torch.randn(count, 3, 16, 16, generator=generator)
     return inputs
 
 
@@ -306,7 +322,10 @@ def outputs_of(model: nn.Module, rows: int = VOCAB) -> Tensor:
         result = model.eval()(**example_inputs(core, rows))
     if isinstance(result, Tensor):
         return result
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+    for name in ("logits", "logits_per_image"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    return result.last_hidden_state
 
 
 Builder = Callable[[], nn.Module]

@@ -115,8 +115,16 @@ def test_a_vocabulary_that_grows_on_one_side_only(tmp_path: Path) -> None:
     assert_refused(MismatchError, "vocabulary", adapted, tmp_path)
 
 
-def test_an_embedding_that_more_than_two_share(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["shared", "encoder.embed_tokens"])
+def test_a_shared_embedding_of_a_base_without_its_head(target: str, tmp_path: Path) -> None:
+    """An encoder alone shares its embedding too; what else did is known only of the whole model."""
+    adapted = adapt(case(models.t5_encoder, target_modules=["q", target]), tmp_path)
+    assert_refused(UnsupportedError, "tied-unsupported", adapted, tmp_path, accept_embeddings=True)
+
+
+def test_tying_that_is_asked_for_where_more_than_two_share(tmp_path: Path) -> None:
     adapted = adapt(case(models.t5, target_modules=["q", "shared"]), tmp_path)
+    edit_config(adapted.adapter, ensure_weight_tying=True)
     assert_refused(UnsupportedError, "tied-unsupported", adapted, tmp_path, accept_embeddings=True)
 
 
