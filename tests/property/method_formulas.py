@@ -293,9 +293,11 @@ def dora(r: random.Random) -> MethodCase:
         own, others = (w[line], product[line]) if axis else (w[:, line], product[:, line])
         if not any(others):
             return of_root(constant, gain, w[i, j], sum(x * x for x in own))
-        if not any(own) or len(own) == 1:
-            # A multiple of √2 alone, or a single weight: the square of the ratio is rational.
-            return _by_squares(constant, gain, own, others, w[i, j], product[i, j])
+        k = next(at for at, x in enumerate(others) if x)
+        if all(x * others[k] == own[k] * y for x, y in zip(own, others, strict=True)):
+            # All weights are multiples of t + √2, which cancels but for its sign; a tie is possible then.
+            sign = 1 if own[k] / others[k] + enclosed_root(2, 4000)[0] > 0 else -1
+            return of_root(constant, gain * sign, product[i, j], sum(x * x for x in others))
         return of_interval(lambda bits: _enclosed(constant, gain, own, others, w[i, j], product[i, j], bits))
 
     return MethodCase(
@@ -315,15 +317,6 @@ def dora(r: random.Random) -> MethodCase:
         value=value,
         refused=refused,
     )
-
-
-def _by_squares(constant, gain, own, others, w, product) -> Compare:
-    """A line whose weights are all multiples of √2, or that is one weight: a/√q is then a rational root."""
-    if len(own) == 1:
-        low, high = enclosed_root(2, 1600)
-        sign = 1 if w + product * low > 0 and w + product * high > 0 else -1
-        return of_rational(constant + gain * sign)
-    return of_root(constant, gain, product, sum(x * x for x in others))
 
 
 def _enclosed(constant, gain, own, others, w, product, bits):

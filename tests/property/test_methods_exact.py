@@ -56,16 +56,23 @@ def test_float64_stays_within_the_bounds(name: str) -> None:
     assert finite > 0.9 * total
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_device_gives_the_same_bits(name: str) -> None:
+    for seed in range(SEEDS):
+        run(CASES[name](random.Random(seed)), Counter(), device="cuda")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @given(seed=st.integers(min_value=0, max_value=2**63))
-@settings(max_examples=1500)
+@settings(max_examples=1500, deadline=None)
 def test_small_cases_of_any_seed(name: str, seed: int) -> None:
     run(CASES[name](random.Random(seed)), Counter())
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_small_cases_that_shrink(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(CASES)))
     run(CASES[name](data.draw(st.randoms(use_true_random=False))), Counter())
