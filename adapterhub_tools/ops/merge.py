@@ -25,9 +25,8 @@ from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter
 from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
 from adapterhub_tools.ops.fit import fit
-from adapterhub_tools.ops.manifest_record import check_record
 from adapterhub_tools.ops.merge_base_check import (
-    check_recorded_base,
+    check_records,
     checked_digest,
     compare_base,
     recorded_algorithm,
@@ -141,7 +140,7 @@ def merge(
     scales = options.scale_of_each(len(adapters))
     checkpoint = open_checkpoint(base)
     parts = _fit_all(opened, adapters, scales, checkpoint)
-    check_recorded_base(parts, checkpoint, options)
+    check_records(parts, checkpoint, options)
     algorithm = recorded_algorithm(opened)
     device = _device(options.device)
 
@@ -206,7 +205,6 @@ def _open_mergeable(path: Path, options: MergeOptions) -> OpenedAdapter:
     if options.accept_embeddings:
         problems = tuple(problem for problem in problems if problem.kind != "saved-embedding")
     raise_for(problems, FormatError)
-    check_record(opened)
     methods = {module.method for module in opened.adapter.modules} - set(registry.names("methods"))
     if methods:
         raise UnsupportedError.of(

@@ -115,17 +115,16 @@ def _share_rows(tie: Tie, name: str, changes: dict[str, Change]) -> None:
         UnsupportedError: that side has changes of its own, which PEFT applies on top of the rows.
     """
     inner, outer = changes.get(tie.input_name, Change()), changes[name]
-    first, second = (inner, outer) if inner.patch is not None else (outer, inner)
-    if first.patch is None or second.patch is not None:
+    if inner.patch is None or outer.patch is not None:
         return
-    if second.terms or second.start is not None or first is outer:
+    if outer.terms or outer.start is not None:
         raise UnsupportedError.of(
             "tied-unsupported",
             f"rows of the embedding are trained, and {name}, which shares them, is changed otherwise too.",
             loc=tie.input_name,
             remedy="Merge with PEFT (merge_and_unload), or untie the base before training.",
         )
-    second.patch = first.patch
+    outer.patch = inner.patch
 
 
 def _one_change(

@@ -132,7 +132,7 @@ UNTIED_BASE = {
         case(target_modules=["embed_tokens", "q_proj"]), save={"save_embedding_layers": False}
     ),
     "embeddings saved on purpose": replace(
-        case(), save={"save_embedding_layers": True}, options={"accept_embeddings": True}
+        case(), save={"save_embedding_layers": True}, options={"accept_embeddings": True}, same=2
     ),
 }
 
