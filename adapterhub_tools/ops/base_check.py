@@ -14,6 +14,7 @@ from adapterhub_tools.model.scaling import scale_of
 from adapterhub_tools.ops.base_report import main_dtype
 from adapterhub_tools.ops.fit import Fit, fit
 from adapterhub_tools.ops.hash import tensor_digests
+from adapterhub_tools.ops.manifest_record import OTHER_TARGETS
 from adapterhub_tools.store.digest import DEFAULT, config_digest, root_digest, split_digest
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def base_problems(
     if check_base == "off":
         return problems
 
-    def compare(name: str, recorded: str | None, found: str, what: str) -> None:
+    def compare(name: str, recorded: str | None, found: str, what: str, remedy: str = _OTHER_BASE) -> None:
         if recorded is not None and recorded != found:
             message = f"{what} has {found}; the manifest says {recorded}."
             problems.append(
@@ -123,19 +124,30 @@ def base_problems(
                     message=message,
                     file=MANIFEST_NAME,
                     loc=f"/base/{name}",
-                    remedy=_OTHER_BASE,
+                    remedy=remedy,
                 )
             )
 
     if checkpoint.config is not None:
         compare("config_digest", base.config_digest, config_digest(checkpoint.config), "the base's config")
-    wanted = "digest" if check_base == "full" and base.digest is not None else "targets_digest"
-    recorded: str | None = getattr(base, wanted)
-    if recorded is None:
-        return problems
-    names = None if wanted == "digest" else fitted.target_names
-    algorithm, _ = split_digest(recorded, file=MANIFEST_NAME, loc=f"/base/{wanted}")
-    tensors, _ = tensor_digests(checkpoint, algorithm=algorithm, names=names, cache=cache, progress=progress)
-    what = "the base" if names is None else "the target tensors of the base"
-    compare(wanted, recorded, root_digest(algorithm, tensors), what)
+    cached: dict[str, dict[str, bytes]] = {}
+
+    def digests(algorithm: str) -> dict[str, bytes]:
+        if algorithm not in cached:
+            names = None if whole else fitted.target_names
+            cached[algorithm], _ = tensor_digests(
+                checkpoint, algorithm=algorithm, names=names, cache=cache, progress=progress
+            )
+        return cached[algorithm]
+
+    whole = check_base == "full" and base.digest is not None
+    if whole and base.digest is not None:
+        algorithm, _ = split_digest(base.digest, file=MANIFEST_NAME, loc="/base/digest")
+        compare("digest", base.digest, root_digest(algorithm, digests(algorithm)), "the base")
+    if base.targets_digest is not None:
+        algorithm, _ = split_digest(base.targets_digest, file=MANIFEST_NAME, loc="/base/targets_digest")
+        of_targets = {name: digests(algorithm)[name] for name in fitted.target_names}
+        remedy = OTHER_TARGETS if whole and not problems else _OTHER_BASE
+        what = "the target tensors of the base"
+        compare("targets_digest", base.targets_digest, root_digest(algorithm, of_targets), what, remedy)
     return problems

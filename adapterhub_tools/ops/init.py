@@ -19,6 +19,7 @@ from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 from adapterhub_tools.ops.base_check import identify_base
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
+from adapterhub_tools.ops.manifest_record import place_of
 from adapterhub_tools.ops.random_tensors import random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 
@@ -85,7 +86,8 @@ def init(
         adapter: the folder.
         base: the base, whose digests and shapes are recorded then.
         replace: whether an existing manifest may be replaced; its training, licence, tags, metrics and
-            history are kept, and its base where none is given now.
+            history are kept, and what it says of its base where none is given now; digests of targets are
+            kept only while the targets are the same.
         base_id: the base's repository id.
         revision: the base's commit or tag.
         licence: the adapter's licence.
@@ -158,6 +160,8 @@ def new_manifest(
         notes += [*fitted.notes, *warnings]
     elif before is not None:
         described = _keep_resolved(opened, before)
+        known, forgotten = _forget_other_targets(known, described, before)
+        notes += forgotten
     with ThreadPoolExecutor(1) as pool:  # two hashes of the same bytes, on two processors
         files = pool.submit(record_files, adapter)
         digest, reason = _digest(opened)
@@ -230,6 +234,36 @@ def _keep_resolved(opened: OpenedAdapter, before: Manifest) -> Adapter:
         for module in opened.adapter.modules
     )
     return dataclasses.replace(opened.adapter, modules=modules)
+
+
+def _forget_other_targets(known: BaseRef, described: Adapter, before: Manifest) -> tuple[BaseRef, list[str]]:
+    """Drops the digests that the manifest before records of its own targets, where those have changed.
+
+    What it says of the base as a whole still holds.
+    """
+    now, then = described, before.adapter
+    forgotten = []
+    if known.targets_digest is not None and _targets(now) != _targets(then):
+        known = dataclasses.replace(known, targets_digest=None)
+        forgotten.append("the targets are others than before, so targets_digest was left out: give --base")
+    if known.random_digest is not None and _seeded(now) != _seeded(then):
+        known = dataclasses.replace(known, random_digest=None)
+        forgotten.append("the modules are others than before, so random_digest was left out: give --base")
+    return known, forgotten
+
+
+def _targets(adapter: Adapter) -> tuple[object, ...]:
+    """What decides which tensors of a base are an adapter's targets."""
+    modules = {(place_of(module), module.method, frozenset(module.factors)) for module in adapter.modules}
+    full = {(item.target, item.role, item.rows is None) for item in adapter.full}
+    return modules, full, adapter.ties
+
+
+def _seeded(adapter: Adapter) -> tuple[object, ...]:
+    """What decides the random tensors that an adapter does not store, on one base."""
+    return adapter.hparams, {
+        place_of(module): (module.method, module.hparams, module.factors) for module in adapter.modules
+    }
 
 
 def _digest(opened: OpenedAdapter) -> tuple[str | None, str]:

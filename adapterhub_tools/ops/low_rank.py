@@ -23,6 +23,7 @@ from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.model.tensor import TensorSpec
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import SAVED_EMBEDDING, OpenedAdapter, examine_adapter
+from adapterhub_tools.ops.manifest_record import check_record
 from adapterhub_tools.ops.spool import Content, Spool, StoredContent
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def open_low_rank(path: Path, *, altered_base: bool = False) -> OpenedAdapter:
                 for kind, message, _ in altered
             )
         )
+    check_record(opened)
     return opened
 
 

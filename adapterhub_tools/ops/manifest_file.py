@@ -118,7 +118,7 @@ def file_problems(root: Path, records: tuple[FileRecord, ...]) -> Iterator[Probl
     present = set(list_files(root))
     for record in records:
         if record.path not in present:
-            yield _file_problem("missing-file", "is listed in the manifest, but missing.", record.path)
+            yield file_problem("missing-file", "is listed in the manifest, but missing.", record.path)
             continue
         present.discard(record.path)
         try:
@@ -128,15 +128,16 @@ def file_problems(root: Path, records: tuple[FileRecord, ...]) -> Iterator[Probl
             continue
         if found.size != record.size:
             message = f"has {found.size:,} bytes; the manifest says {record.size:,}."
-            yield _file_problem("file-size", message, record.path)
+            yield file_problem("file-size", message, record.path)
         elif found.sha256 != record.sha256:
             message = f"has SHA-256 {found.sha256}; the manifest says {record.sha256}."
-            yield _file_problem("file-digest", message, record.path)
+            yield file_problem("file-digest", message, record.path)
     for path in sorted(present):
-        yield _file_problem("unlisted-file", "is in the folder, but the manifest does not list it.", path)
+        yield file_problem("unlisted-file", "is in the folder, but the manifest does not list it.", path)
 
 
-def _file_problem(kind: str, message: str, path: str) -> Problem:
+def file_problem(kind: str, message: str, path: str) -> Problem:
+    """Returns the problem that a file is not what a manifest's file list says."""
     remedy = (
         "Get the adapter again from its source, or run `adaptertool init --replace` if the change is yours."
     )

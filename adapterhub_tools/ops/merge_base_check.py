@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adapterhub_tools.errors import IntegrityError, UnsupportedError
+from adapterhub_tools.errors import IntegrityError, UnsupportedError, raise_for
 from adapterhub_tools.model.receipt import ReceiptBase
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.ops.manifest_record import OTHER_TARGETS, check_record, module_base_problems
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan
@@ -32,14 +33,27 @@ def recorded_algorithm(opened: Sequence[OpenedAdapter]) -> str:
     return found.pop() if found else DEFAULT
 
 
-def check_config(opened: Sequence[OpenedAdapter], checkpoint: Checkpoint, options: MergeOptions) -> None:
-    """Compares the base's config with the manifests' records: with another rope it is another model."""
-    if options.check_base == "off" or checkpoint.config is None:
+def check_records(parts: Sequence[Part], checkpoint: Checkpoint, options: MergeOptions) -> None:
+    """Compares the manifests with the adapters' own files, and with what the base's headers and config say.
+
+    With another rope it is another model, whatever its weights. What is said of the base is not compared
+    with ``check_base="off"``.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    for part in parts:
+        check_record(part.opened)
+    if options.check_base == "off":
         return
-    found = config_digest(checkpoint.config)
-    for item in opened:
-        recorded = None if item.manifest is None else item.manifest.base.config_digest
-        if recorded is not None and recorded != found:
+    found = None if checkpoint.config is None else config_digest(checkpoint.config)
+    for part in parts:
+        manifest = part.opened.manifest
+        if manifest is None:
+            continue
+        raise_for(module_base_problems(part.fit, manifest), IntegrityError)
+        recorded = manifest.base.config_digest
+        if recorded is not None and found is not None and recorded != found:
             raise IntegrityError.of(
                 "base-config",
                 f"the base's config is {found}, but the adapter's manifest records {recorded}.",
@@ -81,12 +95,14 @@ def compare_base(
                 continue
             recorded = True
             if expected != found:
+                other_base = f"Use the base it was trained on ({manifest.base.id or 'id not recorded'})."
+                same_base = full is not None and full == manifest.base.digest
                 raise IntegrityError.of(
                     kind,
                     f"this base is {found}, but the adapter's manifest records {expected}.",
                     file=str(checkpoint.root),
                     loc=part.label,
-                    remedy=f"Use the base it was trained on ({manifest.base.id or 'id not recorded'}).",
+                    remedy=OTHER_TARGETS if same_base else other_base,
                 )
     checked = options.check_base if recorded or options.check_base == "off" else "unrecorded"
     config = None if checkpoint.config is None else config_digest(checkpoint.config)

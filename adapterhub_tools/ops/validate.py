@@ -18,6 +18,12 @@ from adapterhub_tools.ops.adapter_reader import SAVED_EMBEDDING, examine_files
 from adapterhub_tools.ops.base_check import CHECKS, base_problems, fit_problems
 from adapterhub_tools.ops.finite import finite_problems
 from adapterhub_tools.ops.manifest_file import file_problems, manifest_path
+from adapterhub_tools.ops.manifest_record import (
+    base_fact_problems,
+    module_base_problems,
+    record_problems,
+    stale,
+)
 from adapterhub_tools.ops.random_tensors import random_problems
 from adapterhub_tools.ops.validation_report import Collector, ValidationReport
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
@@ -27,10 +33,8 @@ from adapterhub_tools.store.strict_json import read_json
 from adapterhub_tools.store.values import bool_problems
 
 if TYPE_CHECKING:
-    from adapterhub_tools.model.adapter import Adapter, TargetModule
+    from adapterhub_tools.model.adapter import Adapter
     from adapterhub_tools.model.protocols import Progress
-
-_REWRITE = "Run `adaptertool init --replace` if the change is yours; otherwise get the adapter again."
 
 
 def validate(
@@ -154,7 +158,7 @@ def _check_record(
     if described is None or files is None:
         found.skip("record", "the adapter's tensors could not be read")
         return
-    found.add(IntegrityError, _record_problems(described, manifest))
+    found.add(IntegrityError, record_problems(described, manifest))
     recorded = manifest.digest
     if recorded is None or files.weights_file is None:
         found.skip(
@@ -165,48 +169,7 @@ def _check_record(
     computed = found.run("adapter digest", lambda: adapter_digest(files, described, algorithm=algorithm))
     if computed is not None and computed != recorded:
         message = f"the tensors have {computed}; the manifest says {recorded}."
-        found.add(IntegrityError, [_stale("adapter-digest", message, "/digest")])
-
-
-def _record_problems(described: Adapter, manifest: Manifest) -> list[Problem]:
-    """Returns where method and targets of a manifest differ from what the adapter's own files say."""
-    recorded = manifest.adapter
-    problems = []
-    if (recorded.method, recorded.dialect) != (described.method, described.dialect):
-        says, found = f"{recorded.dialect} {recorded.method}", f"{described.dialect} {described.method}"
-        message = f"the manifest says {says}; the files are {found}."
-        problems.append(_stale("manifest-differs", message, "/method"))
-    if recorded.hparams != described.hparams:
-        message = "the hyperparameters differ from those of the adapter's files."
-        problems.append(_stale("manifest-differs", message, "/method/hyperparameters"))
-    theirs = {_place(module): module for module in recorded.modules}
-    ours = {_place(module): module for module in described.modules}
-    for path in sorted(theirs.keys() | ours.keys()):
-        if path not in ours:
-            problems.append(_stale("manifest-differs", "lists a module that the files do not have.", path))
-        elif path not in theirs:
-            problems.append(_stale("manifest-differs", "does not list this module of the files.", path))
-        elif _facts(theirs[path]) != _facts(ours[path]):
-            message = "the record of this module differs from the adapter's files."
-            problems.append(_stale("manifest-differs", message, path))
-    if set(map(str, recorded.full)) != set(map(str, described.full)):
-        message = "the tensors carried in full differ from those of the adapter's files."
-        problems.append(_stale("manifest-differs", message, "/targets/full"))
-    return problems
-
-
-def _place(module: TargetModule) -> str:
-    nesting = module.hparams.get("nesting", 0)
-    return f"{module.path}@{nesting}" if nesting else module.path
-
-
-def _facts(module: TargetModule) -> tuple[object, ...]:
-    """What the adapter's own files alone decide: a base may tell more about the kind and shape."""
-    return module.method, module.hparams, module.factors
-
-
-def _stale(kind: str, message: str, loc: str) -> Problem:
-    return Problem(kind=kind, message=message, file=MANIFEST_NAME, loc=loc, remedy=_REWRITE)
+        found.add(IntegrityError, [stale("adapter-digest", message, "/digest")])
 
 
 def _check_base(
@@ -235,6 +198,10 @@ def _check_base(
         )
         found.add(IntegrityError, problems)
 
+    if check_base != "off":
+        found.add(IntegrityError, module_base_problems(fitted, manifest))
+    if check_base == "full":
+        found.add(IntegrityError, base_fact_problems(checkpoint, manifest))
     found.run("base digest", digests)
     if manifest.base.random_digest is not None:
         found.run("random tensors", lambda: found.add(IntegrityError, random_problems(fitted, manifest)))

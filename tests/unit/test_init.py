@@ -227,3 +227,28 @@ def test_the_adapter_digest_does_not_depend_on_names_or_padding(tmp_path: Path) 
 def test_the_adapter_digest_depends_on_the_scale(tmp_path: Path, change: dict[str, object]) -> None:
     plain, changed = make_adapter(tmp_path / "plain"), make_adapter(tmp_path / "changed", **change)
     assert at.adapter_digest(plain) != at.adapter_digest(changed)
+
+
+def test_digests_of_targets_are_forgotten_with_the_targets(tmp_path: Path) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "a")
+    before = at.init(adapter, base=base, cache=False).manifest
+    fewer = {name: tensor for name, tensor in adapter_tensors().items() if "q_proj" in name}
+    other = make_adapter(tmp_path / "other", tensors=fewer, target_modules=["q_proj"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_bytes((other / name).read_bytes())
+    report = at.init(adapter, replace=True)
+    assert before.base.targets_digest is not None
+    assert report.manifest.base.targets_digest is None
+    assert report.manifest.base.digest == before.base.digest
+    assert any("targets_digest" in note for note in report.notes)
+    assert at.validate(adapter, base=base, cache=False).ok
+    assert at.merge(base, adapter, tmp_path / "out").changed == 2
+
+
+def test_the_digest_of_the_same_targets_is_kept(tmp_path: Path) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "a")
+    before = at.init(adapter, base=base, cache=False).manifest
+    (adapter / "adapter_config.json").write_bytes(
+        (make_adapter(tmp_path / "other", lora_alpha=1) / "adapter_config.json").read_bytes()
+    )
+    assert at.init(adapter, replace=True).manifest.base == before.base
