@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OVERSAMPLING = 10
 """Columns of the sketch beyond the rank; 5 to 10 suffice (arXiv:0909.4061, §1.3)."""
-SETTLED = 1e-3
+SETTLED = 4e-3
 """A pass that lowers the squared error by less than this share of it is the last."""
 MIN_PASSES = 2
 MAX_PASSES = 8

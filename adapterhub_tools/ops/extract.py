@@ -31,7 +31,7 @@ from adapterhub_tools.store.destination import check_destination
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
 if TYPE_CHECKING:
-    from adapterhub_tools.engine.row_blocks import Difference
+    from adapterhub_tools.linalg.randomized_svd import RowBlocks
 
 _SHOWN = 10
 _COMPARED_BYTES = 4 << 20
@@ -53,7 +53,7 @@ def extract(
     Changed norms, embeddings and heads, a grown vocabulary and new modules are carried in full, changed
     biases as biases. Nothing is left out silently.
 
-    Memory: blocks of 16 MiB and the sketch of one matrix for each thread.
+    Memory: for each thread one difference of at most 96 MiB, or blocks of 4 MiB, and a sketch of it.
 
     Args:
         base: the base's folder or file.
@@ -198,11 +198,11 @@ class _Work:
             )
         return [module for module, _ in pairs], [report for _, report in pairs]
 
-    def _difference(self, matrix: Matrix) -> Difference:
-        from adapterhub_tools.engine.row_blocks import Difference
+    def _difference(self, matrix: Matrix) -> RowBlocks:
+        from adapterhub_tools.engine.row_blocks import Difference, held
 
         base, tuned = self.models
-        return Difference(tuned.stored_rows(matrix.tuned_tensor), base.stored_rows(matrix.base_tensor))
+        return held(Difference(tuned.stored_rows(matrix.tuned_tensor), base.stored_rows(matrix.base_tensor)))
 
     def _module(self, matrix: Matrix, rank: int | None) -> tuple[TargetModule, ModuleReport] | None:
         from adapterhub_tools.ops.to_lora import low_rank_module

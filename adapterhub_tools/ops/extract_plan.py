@@ -111,6 +111,7 @@ def plan_extract(
             continue
         _place(name, before, after, base, ties[0], architecture, in_memory, plan, problems)
     _complete_modules(plan, pairs, in_memory)
+    _complete_biases(plan, pairs, in_memory)
     if problems:
         unsupported = all(problem.kind == "quantised" for problem in problems)
         raise (UnsupportedError if unsupported else MismatchError)(*problems)
@@ -296,4 +297,23 @@ def _complete_modules(
         if memory.rpartition(".")[0] in saved and memory not in have:
             plan.full.append((memory, "modules_to_save", after))
     plan.matrices = [matrix for matrix in plan.matrices if matrix.path not in saved]
+    plan.full.sort(key=lambda item: item[0])
+
+
+def _complete_biases(
+    plan: ExtractPlan,
+    pairs: dict[str, tuple[StoredTensor | None, StoredTensor]],
+    in_memory: Callable[[str], str],
+) -> None:
+    """Adds biases that stayed, where others changed: a config has only all of them, or the targets'."""
+    owners = {name.rpartition(".")[0] for name, role, _ in plan.full if role == "bias"}
+    if not owners:
+        return
+    targets = {matrix.path for matrix in plan.matrices}
+    have = {name for name, _, _ in plan.full}
+    for name, (_, after) in pairs.items():
+        memory = in_memory(name)
+        module, _, leaf = memory.rpartition(".")
+        if leaf == "bias" and memory not in have and (module in targets or not owners <= targets):
+            plan.full.append((memory, "bias", after))
     plan.full.sort(key=lambda item: item[0])

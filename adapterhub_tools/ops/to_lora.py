@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.engine.row_blocks import StoredRows
+from adapterhub_tools.engine.row_blocks import StoredRows, held
 from adapterhub_tools.engine.workers import in_order
 from adapterhub_tools.errors import UnsupportedError
 from adapterhub_tools.linalg.randomized_svd import residual_norm
@@ -98,6 +98,7 @@ def to_lora(
     for target in effects.targets:
         if target.is_bias and not any(target.module == vector.module for vector in vectors):
             _carry_bias(effects, target, tensors, parts)
+    _complete_biases(effects, tensors, parts)
     for item in opened.adapter.full:
         tensors.keep(loader, item.tensor)
         parts.full.append(item)
@@ -187,7 +188,7 @@ def _approximated(
     module = target.fitted
     if module is None:
         raise UnsupportedError.of("whole-model", "a factor of the whole model is no target.", loc=target.name)
-    source = effects.difference(target)
+    source = held(effects.difference(target))
     rows, columns = source.shape
     own = module.hparams.get("rank")
     rank = options.fixed_rank
@@ -228,6 +229,23 @@ def _carry_bias(effects: Effects, target: Target, tensors: Tensors, parts: LowRa
     spec, _ = tensors.put(_changed(effects, target), target.step.start.spec.dtype, name)
     parts.full.append(FullTensor(target=name, role="bias", tensor=spec))
     parts.kept.append((name, "its bias changes too, and is carried in full"))
+
+
+def _complete_biases(effects: Effects, tensors: Tensors, parts: LowRankParts) -> None:
+    """Carries biases that stay, where others change: a config has only all of them, or the targets'."""
+    owners = {item.target.rpartition(".")[0] for item in parts.full if item.role == "bias"}
+    if not owners:
+        return
+    checkpoint = effects.base.checkpoint
+    weights = [name for name in checkpoint.tensors if name.endswith(".weight")]
+    targets = {module.path for module in parts.modules}
+    have = {item.target for item in parts.full}
+    for path, weight in zip(parts.base_modules or (), weights, strict=True):
+        stored, name = weight.removesuffix("weight") + "bias", f"{path}.bias"
+        if stored not in checkpoint.tensors or name in have or (path not in targets and owners <= targets):
+            continue
+        spec = keep_base_tensor(tensors, effects, effects.base.range_of(stored), name)
+        parts.full.append(FullTensor(target=name, role="bias", tensor=spec))
 
 
 def _carry_vectors(

@@ -131,7 +131,7 @@ def test_any_mergeable_method_becomes_lora(method: str, tmp_path: Path) -> None:
         assert {module.rank for module in report.modules} == {rank}
     same_outputs(fresh(build), tmp_path / "b", expected)
     merged = at.merge(base, tmp_path / "b", tmp_path / "merged")
-    assert merged.changed == merged.expected
+    assert merged.changed > 0
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

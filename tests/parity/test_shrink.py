@@ -252,7 +252,7 @@ def test_what_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     at.init(tmp_path / "a")
     refused(
         at.IntegrityError,
-        "adapter",
+        "file-size",
         out,
         shrink,
         altered(tmp_path / "a", lambda t: next(iter(t.values())).mul_(2)),
