@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from adapterhub_tools.dialects._peft import blockers as lora_blockers
+from adapterhub_tools.dialects._peft import declared as declarations
 from adapterhub_tools.dialects._peft import generic, lora
 from adapterhub_tools.dialects._peft.config import PeftType, base_ref, check_fields, table
 from adapterhub_tools.dialects._peft.full import FullTensors
@@ -22,9 +23,20 @@ from adapterhub_tools.dialects._peft.writing import Written
 from adapterhub_tools.dialects._peft.writing import write as _write
 from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
+from adapterhub_tools.model.declared import Declared
 from adapterhub_tools.model.tensor import TensorSpec
 
-__all__ = ["TargetRule", "Written", "detect", "examine", "match_keys", "read", "targeted", "write"]
+__all__ = [
+    "TargetRule",
+    "Written",
+    "declared",
+    "detect",
+    "examine",
+    "match_keys",
+    "read",
+    "targeted",
+    "write",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -126,6 +138,11 @@ def targeted(adapter: Adapter, paths: Sequence[str]) -> tuple[list[str], bool]:
     rule = TargetRule.from_config(adapter.unparsed.get("config", {}))
     hits = rule.match(paths)
     return [path for path, hit in zip(paths, hits, strict=True) if hit], not rule.needs_base
+
+
+def declared(adapter: Adapter) -> Declared:
+    """Returns what the adapter's config declares beside the factors, as read by ``examine``."""
+    return declarations.from_config(adapter.unparsed.get("config", {}))
 
 
 def match_keys(keys: Sequence[str], paths: Sequence[str], *, loc: str = "") -> list[list[int]]:

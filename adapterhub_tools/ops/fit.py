@@ -8,16 +8,15 @@ where two rules fit or none does, that is an error with the nearest names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from adapterhub_tools import registry
 from adapterhub_tools.architectures import Architecture, embedding_names, lookup
 from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.adapter import WHOLE_MODEL, Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.plan import Placement
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
+from adapterhub_tools.ops.coverage import check_coverage
 from adapterhub_tools.ops.module_kinds import (
     bias_factors,
     check_bias,
@@ -31,7 +30,6 @@ from adapterhub_tools.ops.name_rules import NameRule, choose_rule
 from adapterhub_tools.ops.tied import Tie, find_tie, may_be_tied
 from adapterhub_tools.store.checkpoint import Checkpoint
 
-_SHOWN = 10
 _UNSUPPORTED = ("quantised-base", "tied-unsupported", "unknown-layout", "converted-weight")
 
 
@@ -171,7 +169,8 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
     if architecture is None:
         problems.extend(unknown_layout(modules))
-    _check_coverage(adapter, checkpoint, rule, problems, notes)
+    replaced = {item.base_tensor for item in full if item.full.rows is None}
+    check_coverage(adapter, checkpoint, rule, architecture, tie, replaced, problems, notes)
     return Fit(
         modules=tuple(modules),
         placements=placements,
@@ -323,49 +322,3 @@ def _full_shape(item: FullTensor, name: str, shape: tuple[int, ...], wanted: str
         f"expected {wanted}.",
         remedy="Use the base that the adapter was trained on.",
     )
-
-
-def _check_coverage(
-    adapter: Adapter, checkpoint: Checkpoint, rule: NameRule, problems: list[Problem], notes: list[str]
-) -> None:
-    """Every base module that the config targets must be in the adapter, as far as they are repeated alike."""
-    if not adapter.modules or adapter.dialect not in registry.names("dialects"):
-        return
-    targeted = registry.load("dialects", adapter.dialect).targeted
-    on_disk = [
-        n.removesuffix(".weight") for n, t in checkpoint.tensors.items() if _is_weight(n, t.spec.shape)
-    ]
-    in_memory = [rule.to_memory(path) for path in on_disk]
-    have = {module.path for module in adapter.modules}
-    covered = {_template(path) for path in have}
-    stems = {template.partition("*")[0] for template in covered}
-    expected, named = targeted(adapter, in_memory)
-    missing = [path for path in expected if path not in have]
-    lost = []
-    for path in missing:
-        template = _template(path)
-        beside = named and "*" in template and template.partition("*")[0] in stems
-        if template in covered or beside:
-            lost.append(path)
-    if lost:
-        problems.append(
-            Problem(
-                kind="coverage",
-                loc=lost[0],
-                message=f"the config targets {len(lost)} modules that the adapter has no factors for: "
-                + ", ".join(lost[:_SHOWN])
-                + (", …" if len(lost) > _SHOWN else "."),
-                remedy="The file is incomplete: save the adapter again, or correct target_modules.",
-            )
-        )
-    outside = [path for path in missing if path not in set(lost)]
-    if outside and named:
-        notes.append(f"targeted by name but not adapted: {', '.join(outside[:_SHOWN])}")
-
-
-def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
-    return name.endswith(".weight") and len(shape) >= 2
-
-
-def _template(path: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", path)

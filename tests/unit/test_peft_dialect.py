@@ -168,6 +168,23 @@ def test_a_declared_module_without_tensors_is_a_warning():
     assert kinds(problems, "warning") == ["missing-tensor"]
 
 
+def test_one_tensor_may_fulfil_two_entries():
+    """An entry means every path that ends in it, wherever it starts."""
+    shapes = {**PAIR, f"{P}model.layers.0.input_layernorm.weight": (8,)}
+    adapter, problems = examine(shapes, modules_to_save=["norm", "input_layernorm", "layernorm"])
+    assert not problems
+    assert [f.role for f in adapter.full] == ["modules_to_save"]
+
+
+@pytest.mark.parametrize(("other", "wrong"), [([3, 1], False), ([2], True)])
+def test_an_entry_for_token_rows_that_the_file_lacks(other, wrong):
+    """PEFT leaves a tied module out if its indices are the same."""
+    key = f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta"
+    fields = {"trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": other}}
+    _, problems = examine({**PAIR, key: (2, 8)}, **fields)
+    assert kinds(problems) == (["missing-tensor"] if wrong else [])
+
+
 @pytest.mark.parametrize(
     ("indices", "shape", "good"),
     [

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from adapterhub_tools.architectures import embedding_names
+from adapterhub_tools.dialects._peft.declared import TASK_HEADS, from_config
 from adapterhub_tools.dialects._peft.keys import without_base_layer
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.errors import Problem, escape
 from adapterhub_tools.model.adapter import FullTensor
 from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
-
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Heads that PEFT saves for a task by itself; older configs do not list them."""
 
 _PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
 """Names that make PEFT save the embeddings whole when ``target_modules`` has them."""
@@ -59,10 +53,7 @@ class FullTensors:
         """
         self._config, self._rule, self._modules, self._file = config, rule, modules, file
         self._names = {"default", *names}
-        self._bias = config.get("bias")
-        task = config.get("task_type")
-        heads = _TASK_HEADS.get(task, ()) if isinstance(task, str) else ()
-        self._saved = _Endings((*rule.modules_to_save, *heads))
+        self._declared = from_config(config)
         self._listed = rule.modules_to_save
         self._embeddings = embedding_names()
         self._tied = config.get("ensure_weight_tying") is True and any(
@@ -102,9 +93,9 @@ class FullTensors:
             # bias="all" and saved embeddings write such a tensor twice; PEFT reads the one without wrapper.
             self.copies.append(spec.name)
             return
-        saved = self._saved.find(path)
-        if saved is not None:
-            self._hit.add(saved)
+        saved = self._declared.saved_entries(path)
+        if saved:
+            self._hit.update(saved)
             self._keep(without_base_layer(target), "modules_to_save", spec)
         elif wrapper == "modules_to_save":
             self._refuse(key, spec)
@@ -123,9 +114,9 @@ class FullTensors:
             self._refuse(key, spec)
 
     def _bias_allowed(self, path: str) -> bool:
-        if self._bias == "all":
+        if self._declared.bias == "all":
             return True
-        return self._bias == "lora_only" and path.removesuffix(".base_layer") in self._modules
+        return self._declared.bias == "targets" and path.removesuffix(".base_layer") in self._modules
 
     def _is_embedding(self, path: str) -> bool:
         return path.removesuffix(".base_layer").rpartition(".")[2] in self._embeddings
@@ -222,19 +213,27 @@ class FullTensors:
                 )
             )
         indices = self._config.get("trainable_token_indices")
-        wanted = list(indices) if isinstance(indices, dict) else [""] if indices else []
         got = {name for name in self._hit if name.startswith("tokens:")}
-        if wanted and not got:
-            message = "the config trains token rows, but the file has none."
-            self.problems.append(
-                Problem(
-                    kind="missing-tensor",
-                    message=message,
-                    file=self._file,
-                    loc="trainable_token_indices",
-                    remedy="The file is incomplete; save the adapter again.",
-                )
+        if indices and not got:
+            self._incomplete(
+                "the config trains token rows, but the file has none.", "trainable_token_indices"
             )
+            return
+        # PEFT skips a tied module of the same indices; whether it is tied, only the base tells.
+        tokens = self._declared.tokens
+        present = [rows for name, rows in tokens.items() if f"tokens:{name}" in got]
+        for name, rows in tokens.items():
+            if rows and rows not in present:
+                message = (
+                    f'the config trains {len(rows)} token rows of "{escape(name)}", but the file has none.'
+                )
+                self._incomplete(message, f"trainable_token_indices.{name}")
+
+    def _incomplete(self, message: str, loc: str) -> None:
+        remedy = f"The file is incomplete: save the adapter again, or correct {self._rule.file}."
+        self.problems.append(
+            Problem(kind="missing-tensor", message=message, file=self._file, loc=loc, remedy=remedy)
+        )
 
     def _keep(
         self,
@@ -256,27 +255,7 @@ class FullTensors:
         )
 
 
-_HEADS = {name for names in _TASK_HEADS.values() for name in names}
-
-
-class _Endings:
-    """The entries of ``modules_to_save``: as in PEFT, a module is meant if its path ends in one."""
-
-    def __init__(self, entries: Iterable[str]) -> None:
-        self._by_length: dict[int, set[str]] = {}
-        for entry in entries:
-            if entry:
-                self._by_length.setdefault(len(entry), set()).add(entry)
-
-    def find(self, path: str) -> str | None:
-        """Returns the entry that means this module or one above it."""
-        end = len(path)
-        while end > 0:
-            for length, names in self._by_length.items():
-                if length <= end and path[end - length : end] in names:
-                    return path[end - length : end]
-            end = path.rfind(".", 0, end)
-        return None
+_HEADS = {name for names in TASK_HEADS.values() for name in names}
 
 
 def _wrapped(key: str, names: Collection[str]) -> tuple[str, str, str]:
