@@ -86,7 +86,9 @@ class Normalised:
         # Of the norm, its square counts half; then the root, m/‖a‖, c times it, two products, two sums.
         self.unit: float = (2 * self._sum.unit + (roundings / 2 + 8) * 2.0**-53) * SLACK
         self.inner: int = self._sum.inner
-        self.bounds: F64Array = np.full(rows, np.inf)
+        # Those of c·m·a/‖a‖, to which (1 − c)·w adds its own.
+        self._normal: F64Array = np.full(rows, np.inf)
+        self.bounds: F64Array = self._normal if multiplier == 1 else self._normal.copy()
         self.norms: F64Array = np.full(rows if by_row else columns, np.nan)
         if not by_row:
             self._measure_columns(rows, columns)
@@ -108,7 +110,7 @@ class Normalised:
         worst = float(ratios.max(initial=0.0))
         least = float(norms.min(initial=np.inf))
         if least > 0 and self._sum.unit * (1 + 2 * reach / least) <= _DOUBT:
-            self.bounds[:] = self._bound(worst, self._sum.bounds, reach)
+            self._normal[:] = self._bound(worst, self._sum.bounds, reach)
 
     def _ratios(self, norms: F64Array, magnitudes: Tensor) -> F64Array:
         with np.errstate(all="ignore"):
@@ -140,17 +142,18 @@ class Normalised:
             block.add_(start, alpha=1 - self._factor)
             peaks = start.abs().amax(dim=1).cpu().numpy() if block.shape[1] else np.zeros(count)
             with np.errstate(over="ignore"):
-                self.bounds[row : row + count] += abs(1 - self._factor) * peaks * SLACK
+                own = self._normal[row : row + count] + abs(1 - self._factor) * peaks * SLACK
+            self.bounds[row : row + count] = own
 
     def _bound_rows(self, row: int, norms: F64Array, magnitudes: Tensor) -> None:
         own = self._sum.bounds[row : row + len(norms)]
-        reach = own * float(np.sqrt(self._length)) * SLACK
-        bound = self._bound(self._ratios(norms, magnitudes), own, reach)
         with np.errstate(all="ignore"):
+            reach = own * float(np.sqrt(self._length)) * SLACK
+            bound = self._bound(self._ratios(norms, magnitudes), own, reach)
             doubtful = ~(self._sum.unit * (1 + 2 * reach / norms) <= _DOUBT)
             doubtful |= ~((norms >= 2.0**-500) & (norms <= 2.0**500))
         bound[doubtful] = np.inf
-        self.bounds[row : row + len(norms)] = bound
+        self._normal[row : row + len(norms)] = bound
 
     def exact_bits(
         self, rows: IntArray, columns: IntArray, start: F64Array, computed: F64Array, to: FloatFormat
@@ -178,8 +181,8 @@ class Normalised:
         """Returns bounds of the errors at points; with |x̃| itself in place of |m| they are closer."""
         lines = rows if self._by_row else columns
         norms, own = self.norms[lines], self._sum.bounds[rows]
-        reach = own * float(np.sqrt(self._length)) if self._by_row else np.full(own.shape, self._reach)
         with np.errstate(all="ignore"):
+            reach = own * float(np.sqrt(self._length)) if self._by_row else np.full(own.shape, self._reach)
             if self._factor == 1:
                 share = self._sum.unit * 2 * reach / norms
                 gain = np.abs(self._magnitudes.numpy()[lines]) / norms
