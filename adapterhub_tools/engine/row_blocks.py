@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 BLOCK_ELEMENTS = 1 << 19
 """Values of a block: 4 MiB in float64, which stays in the cache of a core while it is used."""
-HELD_BYTES = 96 << 20
-"""A difference of at most so many bytes in float64 is computed once and held, not once for every pass."""
+HELD_BYTES = 192 << 20
+"""Differences are computed once and held, not once for every pass, as far as all threads share so much."""
 
 
 class StoredRows:
@@ -127,10 +127,10 @@ class Difference:
             yield first, self._tuned.read(first, count).sub_(self._base.read(first, count))
 
 
-def held(source: Effect | Difference) -> RowBlocks:
-    """Returns the same rows, in memory where they take at most HELD_BYTES."""
+def held(source: Effect | Difference, threads: int) -> RowBlocks:
+    """Returns the same rows in the same blocks, in memory where a thread's share of HELD_BYTES holds them."""
     rows, columns = source.shape
-    if rows * columns * 8 > HELD_BYTES:
+    if rows * columns * 8 > HELD_BYTES // threads:
         return source
     whole = torch.empty(rows, columns, dtype=torch.float64)
     for first, block in source.blocks():

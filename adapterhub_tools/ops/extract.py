@@ -53,7 +53,7 @@ def extract(
     Changed norms, embeddings and heads, a grown vocabulary and new modules are carried in full, changed
     biases as biases. Nothing is left out silently.
 
-    Memory: for each thread one difference of at most 96 MiB, or blocks of 4 MiB, and a sketch of it.
+    Memory: differences of at most 192 MiB together, else blocks of 4 MiB, and a sketch for each thread.
 
     Args:
         base: the base's folder or file.
@@ -202,7 +202,8 @@ class _Work:
         from adapterhub_tools.engine.row_blocks import Difference, held
 
         base, tuned = self.models
-        return held(Difference(tuned.stored_rows(matrix.tuned_tensor), base.stored_rows(matrix.base_tensor)))
+        rows = tuned.stored_rows(matrix.tuned_tensor), base.stored_rows(matrix.base_tensor)
+        return held(Difference(*rows), self.threads)
 
     def _module(self, matrix: Matrix, rank: int | None) -> tuple[TargetModule, ModuleReport] | None:
         from adapterhub_tools.ops.to_lora import low_rank_module

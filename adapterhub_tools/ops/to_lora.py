@@ -83,7 +83,7 @@ def to_lora(
     vectors = [t for t in effects.targets if not t.is_bias and not _is_matrix(t)]
     dtype = _factor_dtype(opened.adapter) if options.dtype is None else DTYPE_NAMES[options.dtype]
     progress.start("reading the base", sum(t.step.start.spec.nbytes for t in weights))
-    work = in_order(lambda t: _approximated(effects, t, options, dtype, tensors), weights, threads)
+    work = in_order(lambda t: _approximated(effects, t, options, dtype, tensors, threads), weights, threads)
     for target, result in zip(weights, work, strict=True):
         if result is None:
             parts.kept.append((target.module, "left out: its effect is exactly zero"))
@@ -183,12 +183,17 @@ def _shaped(b: Tensor, a: Tensor, kind: str, shape: tuple[int, ...]) -> tuple[Te
 
 
 def _approximated(
-    effects: Effects, target: Target, options: ConvertOptions, dtype: str, tensors: Tensors
+    effects: Effects,
+    target: Target,
+    options: ConvertOptions,
+    dtype: str,
+    tensors: Tensors,
+    threads: int,
 ) -> tuple[TargetModule, ModuleReport, bool] | None:
     module = target.fitted
     if module is None:
         raise UnsupportedError.of("whole-model", "a factor of the whole model is no target.", loc=target.name)
-    source = held(effects.difference(target))
+    source = held(effects.difference(target), threads)
     rows, columns = source.shape
     own = module.hparams.get("rank")
     rank = options.fixed_rank
