@@ -15,7 +15,7 @@ from adapterhub_tools.architectures import Architecture, head_names
 from adapterhub_tools.store.checkpoint import Checkpoint
 
 _HEADS = re.compile(
-    r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|ForSpeechSeq2Seq|ImageTextToText"
+    r"LMHead|CausalLM|MaskedLM|MTModel|ConditionalGeneration|PreTraining|ForSpeechSeq2Seq|ImageTextToText"
 )
 
 
@@ -89,7 +89,8 @@ def find_tie(checkpoint: Checkpoint, architecture: Architecture | None) -> Tie |
     found = _input_name(checkpoint, architecture)
     headless = output not in stored and _has_head(checkpoint) is False
     own = [group for group in architecture.tied if inner in group or outer in group]
-    others = {name for group in own for name in group} - {inner, outer}
+    anchor = _anchor(checkpoint, architecture)
+    others = {name for group in own for name in group} - {anchor, outer}
     if found is None or (headless and not others):
         return None
     bare = "" if found.startswith(f"{architecture.base_prefix}.") else f"{architecture.base_prefix}."
@@ -139,12 +140,27 @@ def _is_tied(checkpoint: Checkpoint, architecture: Architecture) -> bool:
     return declared
 
 
+def _anchor(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """Returns the tensor in memory that a checkpoint stores for the embedding: its own, or a shared one.
+
+    Marian's input embedding is the encoder's, and what is stored is the one that encoder and decoder share.
+    """
+    inner = f"{architecture.input_embedding}.weight"
+    outer = f"{architecture.output_embedding}.weight"
+    shared = [name for group in architecture.tied if inner in group for name in group if name != outer]
+    ways = (inner, *shared)
+    return next((name for name in ways if _stored_name(name, checkpoint, architecture) is not None), inner)
+
+
 def _input_name(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
     """Returns the stored name of the embedding; that of the bare model lacks the prefix."""
-    name = f"{architecture.input_embedding}.weight"
+    return _stored_name(_anchor(checkpoint, architecture), checkpoint, architecture)
+
+
+def _stored_name(name: str, checkpoint: Checkpoint, architecture: Architecture) -> str | None:
     bare = name.removeprefix(f"{architecture.base_prefix}.")
     names = [way for path in (name, bare) for way in (*architecture.renames.to_disk(path), path)]
-    return next((name for name in names if name in checkpoint.tensors), None)
+    return next((way for way in names if way in checkpoint.tensors), None)
 
 
 def _has_head(checkpoint: Checkpoint) -> bool | None:

@@ -29,7 +29,7 @@ SIZES = {
     8: "head_dim d_kv query_pre_attn_scalar",
     16: "sliding_window local_attention image_size max_source_positions mm_tokens_per_image",
     64: "max_position_embeddings n_positions n_ctx max_seq_len original_max_position_embeddings",
-    models.VOCAB: "vocab_size",
+    models.VOCAB: "vocab_size decoder_vocab_size",
     0: "pad_token_id",
     1: "bos_token_id decoder_start_token_id",
 }

@@ -301,7 +301,7 @@ def example_inputs(model: nn.Module, rows: int = VOCAB) -> dict[str, Tensor]:
     count = -(-rows // length)
     order = torch.randperm(count * length, generator=generator) % rows
     inputs = {"input_ids": order.view(count, length)}
-    if name.startswith(("T5For", "MT5For")):
+    if name.startswith(("T5For", "MT5For", "Marian", "Pegasus")):
         inputs["decoder_input_ids"] = order.flip(0).view(count, length)[:, :8]
     elif name.startswith("Whisper"):
         sound = torch.randn(count, 80, 32, generator=generator)
