@@ -35,7 +35,7 @@ class OpenBase:
 
     def __init__(self, base: Path | Checkpoint) -> None:
         """Reads the headers."""
-        self.checkpoint = open_checkpoint(base)
+        self.checkpoint: Checkpoint = open_checkpoint(base)
         self._files = {self.checkpoint.uri(file): file for file in self.checkpoint.files}
         self._opened: dict[str, OpenSource] = {}
         self._lock = threading.Lock()

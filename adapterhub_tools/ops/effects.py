@@ -15,6 +15,7 @@ from adapterhub_tools.model.plan import ByteRange, Step
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.ops.adapter_reader import SAVED_EMBEDDING, OpenedAdapter
 from adapterhub_tools.ops.base_rows import OpenBase
+from adapterhub_tools.ops.fit import Fit
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.merge_plan import changes_of
 
@@ -69,11 +70,11 @@ class Effects:
             MismatchError: it does not fit.
             UnsupportedError: it cannot be merged.
         """
-        self.progress = progress or SilentProgress()
+        self.progress: Progress = progress or SilentProgress()
         check_mergeable(opened)
-        self.base = OpenBase(base)
+        self.base: OpenBase = OpenBase(base)
         stack.callback(self.base.close)
-        self.fit = self.base.fit(opened.adapter)
+        self.fit: Fit = self.base.fit(opened.adapter)
         label = opened.files.root.name
         self._part = Part(opened=opened, fit=self.fit, scale=1.0, label=label)
         self._adapter = stack.enter_context(opened.files.open_weights())

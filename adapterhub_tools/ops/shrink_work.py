@@ -71,12 +71,16 @@ class Run:
         """Opens the weights, and the base where magnitudes are computed anew."""
         from adapterhub_tools.engine.run import default_threads
 
-        self.opened, self.path, self.products, self.options = opened, path, products, options
-        self.loader = Loader(opened, stack.enter_context(opened.files.open_weights()))
-        self.tensors = Tensors(stack.enter_context(Spool(near)))
-        self.threads = options.threads or default_threads()
-        self.progress = progress or SilentProgress()
-        self.old_rule = one_rule(opened.adapter)
+        self.opened: OpenedAdapter = opened
+        self.path: Path = path
+        self.products: Sequence[TargetModule] = products
+        self.options: ShrinkOptions = options
+        self.rule: str = RULES[0]
+        self.loader: Loader = Loader(opened, stack.enter_context(opened.files.open_weights()))
+        self.tensors: Tensors = Tensors(stack.enter_context(Spool(near)))
+        self.threads: int = options.threads or default_threads()
+        self.progress: Progress = progress or SilentProgress()
+        self.old_rule: str = one_rule(opened.adapter)
         self.refit: Refit | None = None
         if options.refit is not None:
             from adapterhub_tools.ops.dora_magnitude import Refit
