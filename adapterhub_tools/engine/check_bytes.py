@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
 
 from adapterhub_tools.engine.buffers import load_whole, matrix_shape, memory_of, torch_dtype
-from adapterhub_tools.engine.check_points import round_block
+from adapterhub_tools.engine.check_points import round_block, spacing
 from adapterhub_tools.engine.formula import formula
 from adapterhub_tools.linalg.formats import FORMATS
 from adapterhub_tools.linalg.rounding import BlockRounder
@@ -35,11 +36,14 @@ class Difference:
         count: how many values (or bytes, where the dtype is not computed with).
         index: the flat index of the first.
         largest: the largest number of representable values between the two.
+        steps: where it was recomputed, the largest difference in units in the last place of the largest
+            number that entered.
     """
 
     count: int
     index: int
     largest: int
+    steps: float = 0.0
 
 
 def bytes_differ(first: ByteRange, second: ByteRange, open_source: Opener) -> Difference | None:
@@ -103,7 +107,7 @@ def recomputed_differs(step: Step, merged: ByteRange, open_source: Opener, devic
     )
     patch = _patch(step, merged.spec.dtype, open_source)
     per_block = max(1, _ROWS_BYTES // max(1, 8 * columns))
-    count, index, largest = 0, -1, 0
+    count, index, largest, steps = 0, -1, 0, 0.0
     for first in range(0, rows, per_block):
         number = min(per_block, rows - first)
         w, found = (
@@ -112,7 +116,7 @@ def recomputed_differs(step: Step, merged: ByteRange, open_source: Opener, devic
         )
         expected = torch.empty(found.shape, dtype=out_dtype)
         if rounder.round_rows(w, expected, first) is not None:
-            return Difference(count=number * columns, index=first * columns, largest=0)
+            return Difference(count=number * columns, index=first * columns, largest=0, steps=inf)
         for row, values in patch.items():
             if first <= row < first + number:
                 expected[row - first] = values
@@ -122,8 +126,17 @@ def recomputed_differs(step: Step, merged: ByteRange, open_source: Opener, devic
         if len(wrong):
             index = first * columns + int(wrong[0]) if index < 0 else index
             largest = max(largest, int((places[0] - places[1]).abs().max()))
+            steps = max(steps, _steps(w.double(), expected.double(), found.double(), merged.spec.dtype))
         count += len(wrong)
-    return None if index < 0 else Difference(count=count, index=index, largest=largest)
+    if index < 0:
+        return None
+    return Difference(count=count, index=index, largest=largest, steps=steps)
+
+
+def _steps(base: Tensor, expected: Tensor, found: Tensor, dtype: str) -> float:
+    entered = torch.maximum(torch.maximum(base.abs(), expected.abs()), found.abs())
+    steps = (expected - found).abs() / spacing(entered, dtype)
+    return float(steps.nan_to_num(nan=inf).max())
 
 
 def _rows(

@@ -142,56 +142,126 @@ def check_rows(
         device: where to compute.
         limit: how many wrong weights to describe.
     """
-    w, m = base.to(device, torch.float64), merged.to(device, torch.float64)
-    x = w.clone()
+    check = RowCheck(wrong=0, first=[], steps=0.0)
+    suspects = _suspects(base, merged, products, reach, index, dtype=dtype, device=device)
+    numbers = torch.tensor(rows, dtype=torch.int64)
+    if suspects is None:
+        w = base.to(device, torch.float64)
+        x = w.clone()
+        for product in products:
+            x += product.rows(index, device)
+        places = torch.arange(w.numel())
+        _examine(check, w.reshape(-1), merged, x.reshape(-1), places, numbers, reach, products, dtype, limit)
+    elif len(suspects):
+        local, columns = suspects // base.shape[1], suspects % base.shape[1]
+        w = base.reshape(-1)[suspects].double()
+        x = w.clone()
+        for product in products:
+            left, right = product.left[numbers[local]], product.right[:, columns].t()
+            x += product.scale * (left * right).sum(dim=1)
+        _examine(check, w, merged, x, suspects, numbers, reach, products, dtype, limit)
+    return check
+
+
+def _suspects(
+    base: Tensor,
+    merged: Tensor,
+    products: tuple[Product, ...],
+    reach: Tensor,
+    index: Tensor | slice,
+    *,
+    dtype: str,
+    device: str,
+) -> Tensor | None:
+    """Returns the flat places that float32 does not show to be right; None if it is not worth trying.
+
+    Both ends of an interval around x that covers every error of float32 have to round to the merged value.
+    """
+    if dtype not in ("BF16", "F16") or base.dtype == torch.float64:
+        return None
+    w, kind = base.to(device, torch.float32), merged.dtype
+    x = w
     for product in products:
-        x += product.rows(index, device)
-    bound = reach[index].to(device)[:, None]
+        left = (product.left[index] * product.scale).to(device, torch.float32)
+        x = torch.addmm(x, left, product.right.to(device, torch.float32))
+    inner = sum(int(product.left.shape[1]) for product in products)
+    bound = (reach[index] * ((inner + 8 * (len(products) + 1)) * 2.0**-23)).to(device, torch.float32)
+    error = x.abs().mul_(2.0**-21).add_(bound[:, None])
+    bits = merged.to(device).view(torch.int16)
+    wrong = torch.sub(x, error).to(kind).view(torch.int16) != bits
+    wrong |= error.add_(x).to(kind).view(torch.int16) != bits
+    if not bool(torch.isfinite(x.sum())):
+        return None
+    found = torch.nonzero(wrong.reshape(-1)).reshape(-1).cpu()
+    return None if len(found) > wrong.numel() // 8 else found
+
+
+def _examine(
+    check: RowCheck,
+    w: Tensor,
+    merged: Tensor,
+    x: Tensor,
+    places: Tensor,
+    rows: Tensor,
+    reach: Tensor,
+    products: tuple[Product, ...],
+    dtype: str,
+    limit: int,
+) -> None:
+    """Decides single points, given as flat places, and adds what is wrong to the check.
+
+    Args:
+        check: what is added to.
+        w: the base's values there, float64.
+        merged: all merged values of these rows, as stored.
+        x: the sums there, in float64.
+        places: flat places in ``merged``.
+        rows: the numbers of these rows in the matrix.
+        reach: see ``check_rows``.
+        products: the deltas.
+        dtype: of the merged values.
+        limit: how many wrong weights to describe.
+    """
+    width = max(1, int(merged.shape[1]))
+    local, columns = places // width, places % width
+    m = merged.reshape(-1)[places].to(w.device, torch.float64)
+    bound = reach[rows[local]].to(w.device)
     inner = sum(int(product.left.shape[1]) for product in products)
     error = (w.abs() + bound + m.abs()).mul_((inner + 8 * (len(products) + 1)) * 2.0**-53).add_(1e-300)
     unit = spacing(m, dtype)
     distance = x - m
     # Just below a power of two the spacing is half as wide.
     narrow = (m.view(torch.int64) & ((1 << 52) - 1)) == 0
-    narrow &= unit > 2.0 ** LOWEST[dtype] if LOWEST[dtype] > -1074 else unit > 5e-324
+    narrow &= unit > (2.0 ** LOWEST[dtype] if LOWEST[dtype] > -1074 else 5e-324)
     narrow &= (distance * m) < 0
     gap = torch.where(narrow, unit / 4, unit / 2)
     sure = (distance.abs() + error < gap) & torch.isfinite(m) & (m != 0)
     # Where every term of the delta is zero the base's bits stay, and so the sign of a zero.
     sure |= (bound == 0) & (m == w) & (torch.signbit(m) == torch.signbit(w))
-    check = RowCheck(wrong=0, first=[], steps=0.0)
     certain = ~sure & (distance.abs() - error > gap)
-    check.wrong = int(certain.sum())
-    for row, column in torch.nonzero(~sure & ~certain).tolist():
-        _decide(check, base, m, products, rows[row], (row, column), dtype, limit)
-    for row, column in torch.nonzero(certain)[:limit].tolist():
-        expected = exact_value(float(base[row, column]), products, rows[row], column, dtype)
-        found = float(m[row, column])
-        check.first.append(Wrong(row=rows[row], column=column, found=found, expected=expected))
-    if check.wrong:
+    before = check.wrong
+    for point in torch.nonzero(~sure & ~certain).reshape(-1).tolist():
+        at = (int(rows[local[point]]), int(columns[point]))
+        expected = exact_value(float(w[point]), products, *at, dtype)
+        found = float(m[point])
+        if found == expected and str(found) == str(expected):  # the text tells the zeros apart
+            continue
+        check.wrong += 1
+        _describe(check, at, found, expected, limit)
+    check.wrong += int(certain.sum())
+    for point in torch.nonzero(certain).reshape(-1)[:limit].tolist():
+        at = (int(rows[local[point]]), int(columns[point]))
+        expected = exact_value(float(w[point]), products, *at, dtype)
+        _describe(check, at, float(m[point]), expected, limit)
+    if check.wrong > before:
         largest = spacing(torch.maximum(torch.maximum(w.abs(), m.abs()), (x - w).abs()), dtype)
         steps = ((distance.abs() - error).clamp(min=0) / largest - 0.5).clamp(min=0)
-        check.steps = float(steps.nan_to_num(nan=inf).max())
-    return check
+        check.steps = max(check.steps, float(steps.nan_to_num(nan=inf).max()))
 
 
-def _decide(
-    check: RowCheck,
-    base: Tensor,
-    merged: Tensor,
-    products: tuple[Product, ...],
-    row: int,
-    at: tuple[int, int],
-    dtype: str,
-    limit: int,
-) -> None:
-    expected = exact_value(float(base[at]), products, row, at[1], dtype)
-    found = float(merged[at])
-    if found == expected and str(found) == str(expected):  # the text tells the zeros apart
-        return
-    check.wrong += 1
+def _describe(check: RowCheck, at: tuple[int, int], found: float, expected: float, limit: int) -> None:
     if len(check.first) < limit:
-        check.first.append(Wrong(row=row, column=at[1], found=found, expected=expected))
+        check.first.append(Wrong(row=at[0], column=at[1], found=found, expected=expected))
 
 
 def exact_value(start: float, products: tuple[Product, ...], row: int, column: int, dtype: str) -> float:

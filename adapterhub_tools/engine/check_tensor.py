@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from math import sqrt
 from typing import TYPE_CHECKING
 
 import torch
 
-from adapterhub_tools.engine.buffers import load_whole, matrix_shape, memory_of, torch_dtype
+from adapterhub_tools.engine.buffers import matrix_shape, memory_of, torch_dtype
 from adapterhub_tools.engine.check_points import (
+    LOWEST,
     PRECISION,
     Product,
     RowCheck,
@@ -25,18 +25,18 @@ from adapterhub_tools.engine.check_points import (
     check_rows,
     delta_rounded_first,
     round_block,
-    spacing,
 )
+from adapterhub_tools.engine.check_products import can_multiply, product_of
 from adapterhub_tools.model.protocols import OpenSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adapterhub_tools.model.plan import ByteRange, Step, Term
+    from adapterhub_tools.model.plan import ByteRange, Step
 
 PROBES = 8
 SIGMA = 6.0
-_BLOCK = 1 << 21
+_BLOCK = 1 << 18
 _SCALE_SLACK = 2.0**-8
 """A scale that was itself rounded to bfloat16 is off by this much and no more."""
 
@@ -216,18 +216,24 @@ class Pair:
         squares, count, largest = 0.0, 0, 0.0
         top, bottom = 0.0, 0.0
         unit = 2.0 ** (1 - PRECISION[self.dtype])
+        # float32 errors are far below the rounding of 16-bit weights.
+        narrow = self.dtype in ("BF16", "F16") and self.step.start.spec.dtype != "F64"
+        kind, error = (torch.float32, 2.0**-23) if narrow else (torch.float64, 2.0**-53)
+        signs_here = x.to(kind)
         for index, w, m in self.blocks():
-            base, merged = w.to(self.device, torch.float64), m.to(self.device, torch.float64)
-            delta = torch.zeros(base.shape[0], PROBES, dtype=torch.float64, device=self.device)
+            merged = m.to(self.device, kind)
+            delta = torch.zeros(merged.shape[0], PROBES, dtype=torch.float64, device=self.device)
             for product, part in zip(self.products, inner, strict=True):
                 delta += (product.left[index].to(self.device) * product.scale) @ part
-            moved = (merged - base) @ x
-            variance = spacing(merged, self.dtype).square_().sum(dim=1) / 12
+            moved = ((merged - w.to(self.device, kind)) @ signs_here).double()
+            power = _powers(merged, self.dtype)
+            variance = power.square().sum(dim=1).double() * (unit**2 / 12)
             if rounded_first:
                 # The delta's own size, from its products with the probes; ulps grow with it.
                 variance += self.columns / 12 * 4 * unit**2 * (delta.square().mean(dim=1) / self.columns)
             reach = self.reach[index].to(self.device)
-            noise = (2.0**-53 * self.columns) * (merged.abs().sum(dim=1) + self.columns * reach)
+            size = 2 * power.sum(dim=1).double() + self.columns * reach
+            noise = error * size
             variance = variance[:, None] + noise[:, None].square() + 1e-300
             z = (moved - delta) / variance.sqrt()
             z = z.nan_to_num(nan=float("inf"))
@@ -240,6 +246,14 @@ class Pair:
         if bottom > 0:
             found.scale, found.scale_error = top / bottom, bottom**-0.5
         return found
+
+
+def _powers(values: Tensor, dtype: str) -> Tensor:
+    """Returns the largest power of two in each magnitude, at least the dtype's smallest normal one."""
+    least = 2.0 ** (LOWEST[dtype] + PRECISION[dtype] - 1)
+    if values.dtype == torch.float32:
+        return (values.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=least)
+    return (values.view(torch.int64) & (0x7FF << 52)).view(torch.float64).clamp(min=least)
 
 
 def check_sum(
@@ -301,31 +315,9 @@ def _judge(
 def is_own(step: Step) -> bool:
     """Says whether this module has its own arithmetic for a step."""
     return bool(step.terms) and all(
-        term.method == "lora"
+        can_multiply(term)
         and term.placement.rows is None
         and term.placement.columns is None
         and term.placement.expert is None
         for term in step.terms
-    )
-
-
-def product_of(term: Term, open_source: Opener) -> Product:
-    """Returns LoRA's delta in the stored layout: s·B·A, or its transpose for Conv1D and embeddings."""
-
-    def load(role: str) -> Tensor:
-        item = term.factors[role]
-        return load_whole(open_source(item.uri), item).double()
-
-    hparams = term.hparams
-    coefficient = Fraction(hparams["alpha"]) * Fraction(hparams.get("multiplier", 1.0)) / hparams["rank"]
-    # alpha/√r = (alpha/r)·√r
-    radicand = hparams["rank"] if hparams.get("scaling") == "alpha/sqrt(rank)" else 1
-    if hparams["kind"] == "bias":
-        left = load("bias").reshape(-1, 1)
-        right = torch.ones(1, 1, dtype=torch.float64)
-    else:
-        A, B = load("A").flatten(1), load("B").flatten(1)
-        left, right = (A.t(), B.t()) if hparams["kind"] in ("conv1d", "embedding") else (B, A)
-    return Product(
-        left=left.contiguous(), right=right.contiguous(), coefficient=coefficient, radicand=radicand
     )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterhub_tools.engine.check_points import Product, RowCheck, spacing
-from adapterhub_tools.engine.check_tensor import Pair, product_of
+from adapterhub_tools.engine.check_products import product_of
+from adapterhub_tools.engine.check_tensor import Pair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,8 @@ _ROWS = 256
 _FITS = 3.0
 """Two roundings, as of a delta that was added twice, give 2."""
 _FEW = 0.001
+_INNER = 256
+"""The largest rank for which the factors are solved for."""
 
 
 def diagnose(pair: Pair, found: RowCheck | None, others: Sequence[Pair] = ()) -> str:
@@ -126,7 +129,7 @@ def _scaled(data: _Data, pair: Pair) -> str:
     if misfit > _FITS or abs(best - 1) <= 6 * error:
         return ""
     names = [(2.0, "the adapter is applied twice"), (-1.0, "the adapter is subtracted")]
-    if len(pair.step.terms) == 1:
+    if len(pair.step.terms) == 1 and pair.step.terms[0].method == "lora":
         hparams = pair.step.terms[0].hparams
         rank, alpha = hparams["rank"], hparams["alpha"]
         plain = hparams.get("scaling", "alpha/rank") == "alpha/rank"
@@ -156,7 +159,7 @@ def _transposed(data: _Data, products: tuple[Product, ...], whole: bool) -> str:
 
 def _inside(data: _Data, products: tuple[Product, ...], index: Tensor) -> str:
     """Tests whether D = B·X·A for some small X, which then tells what happened to the factors."""
-    if len(products) != 1:
+    if len(products) != 1 or len(products[0].right) > _INNER:
         return ""
     product = products[0]
     left, right = product.left[index], product.right

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MOST_STEPS = 1.5
 """How far from the correctly rounded value a merge of another tool may be, in units in the last place of the
 largest number that entered, beyond the half that rounding takes: sums in the dtype itself reach 1."""
+MOST_STEPS_F32 = 8.0
+"""The same for methods with norms or several products, where weights and arithmetic are both float32."""
 _SHOWN = 40
 
 
@@ -264,23 +266,32 @@ class _Run:
         import torch
 
         from adapterhub_tools.engine.check_bytes import recomputed_differs
+        from adapterhub_tools.engine.check_scaled import is_scaled, scaled_differs
         from adapterhub_tools.engine.check_tensor import Pair, check_sum, is_own
 
         if merged.spec.dtype not in FLOAT_DTYPES:
             return _wrong(step, rows, f"it is {merged.spec.dtype}, which is not a float")
         if not is_own(step) or step.patch is not None:
-            difference = recomputed_differs(step, merged, self.open, self._device)
-            if difference is not None and (self._strict or difference.largest > MOST_STEPS + 1):
+            own = is_scaled(step)
+            most = MOST_STEPS if merged.spec.dtype != "F32" else MOST_STEPS_F32
+            difference = (
+                scaled_differs(step, merged, self.open)
+                if own
+                else recomputed_differs(step, merged, self.open, self._device)
+            )
+            arithmetic = "own" if own else "recomputed"
+            right = "correctly rounded" if own else "recomputed"
+            if difference is not None and (self._strict or difference.steps > most):
                 self._keep(step, merged)
                 cause = _difference(difference, step)
-                return replace(_wrong(step, rows, cause), arithmetic="recomputed", rows_checked=rows)
+                return replace(_wrong(step, rows, cause), arithmetic=arithmetic, rows_checked=rows)
             return TensorVerdict(
                 name=step.output.name,
-                verdict="recomputed" if difference is None else "within k ulp",
-                arithmetic="recomputed",
+                verdict=right if difference is None else "within k ulp",
+                arithmetic=arithmetic,
                 rows=rows,
                 rows_checked=rows,
-                steps=0.0 if difference is None else float(difference.largest),
+                steps=0.0 if difference is None else difference.steps,
             )
         pair = Pair(step, merged, self.open, self._device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
