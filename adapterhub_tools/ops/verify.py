@@ -141,15 +141,21 @@ def _parts(
 ) -> list[Part]:
     opened = [read_adapter(path, accept_embeddings=True) for path in adapters]
     digests = [adapter_digest(item.files, item.adapter) for item in opened]
-    recorded = {} if receipt is None else {adapter.digest: adapter.scale for adapter in receipt.adapters}
+    recorded = [] if receipt is None else [(adapter.digest, adapter.scale) for adapter in receipt.adapters]
+    named = [digest for digest, _ in recorded]
     scales = MergeOptions(scales=options.scales).scale_of_each(len(adapters))
     if not options.scales and receipt is not None:
-        scales = tuple(recorded.get(digest, 1.0) for digest in digests)
-    if receipt is not None and sorted(digests) != sorted(recorded):
+        # An adapter may have been merged twice in one call, with two scales: then the order tells.
+        known = dict(recorded)
+        in_order = digests == named
+        scales = tuple(
+            recorded[i][1] if in_order else known.get(digest, 1.0) for i, digest in enumerate(digests)
+        )
+    if receipt is not None and sorted(digests) != sorted(named):
         problems.append(
             Problem(
                 kind="receipt-adapter",
-                message=f"the receipt names the adapters {', '.join(sorted(recorded))}; given are "
+                message=f"the receipt names the adapters {', '.join(sorted(named))}; given are "
                 f"{', '.join(sorted(digests))}.",
                 file=RECEIPT_FILE,
                 remedy="Give the adapters of the merge; or the receipt is that of another merge.",

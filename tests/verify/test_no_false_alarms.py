@@ -124,3 +124,25 @@ def of_peft(seeds: range) -> None:
             verdicts.update(report.counts)
     print(dict(verdicts))
     assert set(verdicts) <= TRUE_OF_PEFT
+
+
+def test_one_adapter_merged_twice_in_one_call(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", hidden=64)
+    adapter = make_adapter(tmp_path / "adapter", hidden=64)
+    at.merge(base, [adapter, adapter], tmp_path / "merged", scale=[0.3, 0.9], undo=True)
+    report = at.verify(base=base, adapter=[adapter, adapter], merged=tmp_path / "merged", sample="full")
+    assert report.ok, [str(problem) for problem in report.problems]
+    undone = at.unmerge(tmp_path / "merged", tmp_path / "undone", adapter=adapter)
+    assert undone.digest == at.content_digest(base, cache=False).digest
+
+
+def test_tied_full_and_grown(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = {name: torch.randn(29, 32, generator=generator) for name in ("model.embed_tokens", "lm_head")}
+    for name, base, adapter in (
+        ("tied", make_base(tmp_path / "b1", tied=True), make_adapter(tmp_path / "a1", head=True)),
+        ("grown", make_base(tmp_path / "b2"), make_adapter(tmp_path / "a2", saved=rows)),
+    ):
+        at.merge(base, adapter, tmp_path / name)
+        report = at.verify(base=base, adapter=adapter, merged=tmp_path / name)
+        assert report.ok, (name, [str(problem) for problem in report.problems])
