@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from adapterhub_tools.architectures import Architecture, embedding_names, lookup
+from adapterhub_tools.architectures import Architecture, embedding_names, head_names, lookup
 from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.adapter import WHOLE_MODEL, Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.plan import Placement
@@ -298,6 +298,21 @@ def is_embedding(name: str, tie: Tie | None, checkpoint: Checkpoint) -> bool:
     paths = (architecture.input_embedding, architecture.output_embedding)
     known = [architecture.on_disk(f"{path}.weight", stored).removesuffix(".weight") for path in paths if path]
     return any(module == part or part.endswith(f".{module}") for part in known)
+
+
+def is_head_bias(name: str, checkpoint: Checkpoint) -> bool:
+    """Says whether a base tensor is a bias of the head: of its output embedding or of the module around it.
+
+    BART keeps one beside its head (``final_logits_bias``), BERT in the block that holds the decoder.
+    """
+    architecture = lookup((checkpoint.config or {}).get("model_type"))
+    module, _, leaf = name.rpartition(".")
+    if not leaf.endswith("bias"):
+        return False
+    if architecture is None or not architecture.output_embedding:
+        return module.rpartition(".")[2] in head_names()
+    head = architecture.on_disk(f"{architecture.output_embedding}.weight", checkpoint.tensors.keys())
+    return module in (head.removesuffix(".weight"), head.removesuffix(".weight").rpartition(".")[0])
 
 
 def _unknown_tie(paths: Iterable[str]) -> list[Problem]:

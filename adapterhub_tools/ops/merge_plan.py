@@ -13,7 +13,7 @@ from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.plan import ByteRange, OutputFile, Placement, Plan, RowPatch, Step, Term
 from adapterhub_tools.model.protocols import OpenSource
 from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
-from adapterhub_tools.ops.fit import is_embedding
+from adapterhub_tools.ops.fit import is_embedding, is_head_bias
 from adapterhub_tools.ops.joint_changes import check_joint
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Change, Part
@@ -230,7 +230,7 @@ def _grown_rows(
     left = [
         name
         for name, stored in checkpoint.tensors.items()
-        if name.endswith("bias") and name not in changes and (stored.spec.elements,) in before
+        if name not in changes and (stored.spec.elements,) in before and is_head_bias(name, checkpoint)
     ]
     if left:
         raise MismatchError.of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,11 @@ def test_tying_that_is_asked_for_where_more_than_two_share(tmp_path: Path) -> No
 
 
 def test_two_adapters_that_replace_one_tensor(tmp_path: Path) -> None:
-    adapted = adapt(case(modules_to_save=["lm_head"]), tmp_path)
+    made = case(modules_to_save=["lm_head"])
+    adapted = adapt(made, tmp_path)
+    other = adapt(replace(made, seed=4), tmp_path, "other")
     with pytest.raises(MismatchError) as caught:
-        ours(adapted.base, [adapted.adapter, adapted.adapter], tmp_path / "out")
+        ours(adapted.base, [adapted.adapter, other.adapter], tmp_path / "out")
     assert [problem.kind for problem in caught.value.problems] == ["replaced-twice"]
     assert not (tmp_path / "out").exists()
 
