@@ -113,12 +113,13 @@ class Predictor:
             keep_non_finite=True,
         )
         self._dtype = torch_dtype(base)
+        self._out = torch.empty(0, dtype=self._dtype)
         self._bits = FORMATS[base].numpy_bits
         self._same = expression.identity and merged == base
         self._may_be_infinite = expression.identity
 
     def bits(self, rows: Tensor, first: int) -> AnyArray:
-        """Returns the predicted bits, flat, in memory of their own.
+        """Returns the predicted bits, flat, valid until the next call.
 
         A merged value that is not finite predicts 0, and so does a whole chunk in which a prediction
         overflows: whether one does is decided exactly, so it is the same everywhere.
@@ -131,7 +132,9 @@ class Predictor:
             return _as_bits(rows.clone(), self._bits)
         if self._may_be_infinite and not bool(torch.isfinite(rows).all()):
             rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype))
-        out = torch.empty(rows.shape, dtype=self._dtype)
+        if self._out.numel() < rows.numel():
+            self._out = torch.empty(rows.numel(), dtype=self._dtype)
+        out = self._out[: rows.numel()].view(rows.shape)
         if self._rounder.round_rows(rows, out, first) is not None:
             out.zero_()
         return _as_bits(out, self._bits)
