@@ -9,7 +9,7 @@ import torch
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import load_whole, matrix_shape, memory_of, torch_dtype
-from adapterhub_tools.engine.row_blocks import StoredRows
+from adapterhub_tools.engine.factor_rows import FactorRows
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.weight import Weight
 
@@ -36,7 +36,7 @@ def formula(step: Step, open_source: Callable[[str], OpenSource]) -> Expression:
         method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
         places, by_rows = getattr(method, "place_roles", ()), getattr(method, "row_roles", ())
         factors = {
-            role: StoredRows(open_source(item.uri), item)
+            role: FactorRows(open_source(item.uri), item)
             if role in by_rows
             else load_whole(open_source(item.uri), item, places=role in places)
             for role, item in term.factors.items()

@@ -68,15 +68,7 @@ class StoredRows:
         block = raw.view(self._dtype).view(count, columns).double()
         # A sum is finite if all values are, for anything short of 10^300.
         if not bool(torch.isfinite(block.sum())) and not bool(torch.isfinite(block).all()):
-            row, column = (int(i) for i in torch.nonzero(~torch.isfinite(block))[0])
-            raise FormatError.of(
-                "non-finite",
-                f"the value at row {first + row}, column {column} is {float(block[row, column])}; expected "
-                "finite values.",
-                file=self._source.name,
-                loc=self._item.spec.name,
-                remedy="The file is damaged or was saved from a diverged run: get it again.",
-            )
+            raise non_finite(block, first, self._source.name, self._item.spec.name)
         if self._advance is not None:
             self._advance(raw.numel())
         return block
@@ -143,3 +135,23 @@ def _pieces(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     size = max(1, BLOCK_ELEMENTS // max(1, columns))
     for first in range(0, rows, size):
         yield first, min(size, rows - first)
+
+
+def non_finite(block: Tensor, first: int, file: str, name: str) -> FormatError:
+    """Returns the error for the first value of some rows that is NaN or infinite.
+
+    Args:
+        block: the rows, of which one value is not finite.
+        first: the row that the first of them is.
+        file: the file that they are from.
+        name: the tensor.
+    """
+    row, column = (int(i) for i in torch.nonzero(~torch.isfinite(block))[0])
+    return FormatError.of(
+        "non-finite",
+        f"the value at row {first + row}, column {column} is {float(block[row, column])}; expected finite "
+        "values.",
+        file=file,
+        loc=name,
+        remedy="The file is damaged or was saved from a diverged run: get it again.",
+    )

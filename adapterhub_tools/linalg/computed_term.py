@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from adapterhub_tools.linalg.expression import IntArray
 
+PANEL_ROWS = 256
+"""Rows of a panel of PanelCache."""
+
 _ROWS_AT_ONCE = 64
 """Rows computed again at a time for single points."""
 
@@ -98,14 +101,14 @@ class PanelCache:
     The rows asked for one after the other lie in one panel, so the last one is kept.
 
     Args:
-        panel: (first row, one past the last) -> these rows of D, float64.
+        panel: (first row, one past the last) -> these rows of D, float64; in memory that the next call may
+            overwrite.
         height: the number of rows of D.
-        size: rows of a panel.
     """
 
-    def __init__(self, panel: Callable[[int, int], Tensor], height: int, size: int = 256) -> None:
+    def __init__(self, panel: Callable[[int, int], Tensor], height: int) -> None:
         """Computes nothing yet."""
-        self._panel, self._height, self._size = panel, height, size
+        self._panel, self._height = panel, height
         self._kept: tuple[int, Tensor] | None = None
 
     def __call__(self, index: Tensor) -> Tensor:
@@ -114,13 +117,13 @@ class PanelCache:
         Args:
             index: ascending row indices, shape (n,), n at least 1.
         """
-        panels = index // self._size
+        panels = index // PANEL_ROWS
         parts = [self._rows(number, index[panels == number]) for number in sorted(set(panels.tolist()))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, number: int, index: Tensor) -> Tensor:
-        first = number * self._size
+        first = number * PANEL_ROWS
         if self._kept is None or self._kept[0] != number:
             self._kept = None
-            self._kept = (number, self._panel(first, min(self._height, first + self._size)))
+            self._kept = (number, self._panel(first, min(self._height, first + PANEL_ROWS)))
         return self._kept[1][index - first]

@@ -97,7 +97,9 @@ class RandLoRA:
             held (at rank r and n bases they have r·n rows), 2 KiB per column for the panel, and as much for
             the rows of ``shared_B`` that meet it; those are read from the file panel by panel.
         """
-        from adapterhub_tools.linalg.computed_term import ComputedTerm, PanelCache
+        import torch
+
+        from adapterhub_tools.linalg.computed_term import PANEL_ROWS, ComputedTerm, PanelCache
 
         height, width = weight.rows, weight.columns
         strength = self.alpha / self.rank * self.multiplier
@@ -108,39 +110,42 @@ class RandLoRA:
         a: Tensor = factors["shared_A"][:, 0, :small].double()
         stored = factors["shared_B"]
 
+        # Rows of W lie on the side of B where W is at least as high as wide; PEFT looks at (out, in), so a
+        # square W has its outputs there.
+        upright = height > width or (height == width and not weight.transposed)
+        step = max(1, _STRIP_VALUES // stored.shape[1])
+        # Blocks of this size, made and dropped thousands of times, would scatter over the heap.
+        strip = a.new_empty(inner * max(step, PANEL_ROWS))
+        made = a.new_empty(PANEL_ROWS, width)
+
         def bases(first: int, last: int) -> Tensor:
             """Returns rows of B with their bases side by side, as far as the weight has bases."""
             rows: Tensor = stored.read(first, last - first)[:, :inner]
             return rows
 
-        def scaled_bases(columns: Tensor | slice) -> Tensor:
+        def scaled_bases(first: int, last: int) -> Tensor:
             """Returns columns of A scaled by every λ and γ: r·n rows, those of one row of A together."""
-            part: Tensor = scales[:, :, None] * a[:, None, columns] * weights[None, :, columns]
+            part = strip[: inner * (last - first)].view(*scales.shape, last - first)
+            torch.mul(scales[:, :, None], a[:, None, first:last], out=part)
+            part *= weights[None, :, first:last]
             return part.flatten(0, 1)
 
-        # Rows of W lie on the side of B where W is at least as high as wide; PEFT looks at (out, in), so a
-        # square W has its outputs there.
-        upright = height > width or (height == width and not weight.transposed)
-        step = max(1, _STRIP_VALUES // stored.shape[1])
-
         def panel(first: int, last: int) -> Tensor:
-            made = a.new_empty(last - first, width)
-            left = bases(first, last) if upright else scaled_bases(slice(first, last)).t()
+            left = bases(first, last) if upright else scaled_bases(first, last).t().contiguous()
             for at in range(0, width, step):
                 end = min(width, at + step)
-                made[:, at:end] = left @ (scaled_bases(slice(at, end)) if upright else bases(at, end).t())
-            return made.mul_(strength)
+                right = scaled_bases(at, end) if upright else bases(at, end).t()
+                made[: last - first, at:end] = left @ right
+            return made[: last - first].mul_(strength)
 
         def largest() -> Any:
             """Returns for each row of W at least the sum of |B|·|λ|·|A|·|γ| at every column."""
-            import torch
-
             parts = [(at, min(large, at + step)) for at in range(0, large, step)]
             if upright:
                 # The largest of |A|·|γ| over the columns is at most the product of both.
                 peaks = scales.abs() * a.abs().amax(dim=1)[:, None] * weights.abs().amax(dim=1)
-                return torch.cat([bases(*part).abs() @ peaks.flatten() for part in parts]).numpy()
-            tops = torch.stack([bases(*part).abs().amax(dim=0) for part in parts]).amax(dim=0)
+                return torch.cat([bases(*part).abs_() @ peaks.flatten() for part in parts]).numpy()
+            tops = torch.stack([bases(*part).abs_().amax(dim=0) for part in parts]).amax(dim=0)
             reach = (scales.abs() * tops.reshape(scales.shape)).t() @ a.abs()
             return (reach * weights.abs()).sum(dim=0).numpy()
 

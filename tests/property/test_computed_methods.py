@@ -168,7 +168,7 @@ class Rows:
         self.shape = tuple(self.values.shape)
 
     def read(self, first, count):
-        return self.values[first : first + count]
+        return self.values[first : first + count].clone()
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
