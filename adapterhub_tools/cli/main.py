@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import cast
 
 import click
 
+from adapterhub_tools.cli.ending import (
+    Interrupted,
+    catch_signals,
+    drop_output,
+    soften_streams,
+    system_error,
+)
+from adapterhub_tools.errors import StoreError
 from adapterhub_tools.model.version import VERSION
 
 COMMANDS = {
@@ -15,7 +24,7 @@ COMMANDS = {
     "init": "Write the manifest of an adapter.",
     "hash": "Print the content digest of a base.",
     "merge": "Merge adapters into a base, exactly.",
-    "verify": "Check a merged model against its base and adapters, or its receipt.",
+    "verify": "Check a merged model, and say why it is wrong.",
     "unmerge": "Bring the base of a merge back, bit for bit.",
     "svd-shrink": "Lower the ranks of an adapter.",
     "convert": "Write an adapter as another method.",
@@ -54,13 +63,24 @@ def cli() -> None:
 
     Exit codes: 0 done or passed; 1 checked and found problems; 2 wrong usage; 3 a file is not what it
     claims to be; 4 not supported; 5 the adapter does not fit the base; 6 not exactly possible; 7 a digest
-    differs; 8 could not read or write; 9 a remote store failed; 10 could not check.
+    differs; 8 could not read or write; 9 a remote store failed; 10 could not check; 128 + n ended by
+    signal n.
     """
 
 
 def main() -> None:
     """Runs the program and exits."""
-    cli.main(prog_name="adaptertool")
+    soften_streams()
+    try:
+        catch_signals()
+        cli.main(prog_name="adaptertool")
+    except Interrupted as stop:
+        click.echo(f"error: {stop.as_error()}", err=True)
+        sys.exit(stop.exit_code)
+    except OSError as error:  # the help, or a usage error, on an output that takes nothing
+        drop_output()
+        click.echo(f"error: {system_error(error)}", err=True)
+        sys.exit(StoreError.exit_code)
 
 
 if __name__ == "__main__":
