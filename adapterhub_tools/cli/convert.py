@@ -18,15 +18,17 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     cls=ToolCommand,
     example="adaptertool convert my-dora my-lora --to lora --base SmolLM2-135M-Instruct --rank auto",
 )
-@click.argument("adapter", type=click.Path())
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(readable=False))
+@click.argument("out", type=click.Path(path_type=Path, readable=False))
 @click.option("--to", type=click.Choice(["lora", "dora"]), required=True, help="The method to write.")
 @click.option(
-    "--base", type=click.Path(path_type=Path), help="The base, where what the adapter does depends on it."
+    "--base",
+    type=click.Path(path_type=Path, readable=False),
+    help="The base, where what the adapter does depends on it.",
 )
 @click.option(
     "--initial",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
 )
 @click.option(

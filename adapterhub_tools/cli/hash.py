@@ -11,7 +11,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("hash", cls=ToolCommand, example="adaptertool hash SmolLM2-135M-Instruct")
-@click.argument("base", type=click.Path())
+@click.argument("base", type=click.Path(readable=False))
 @click.option(
     "--algorithm",
     type=click.Choice(["blake3", "sha256"]),

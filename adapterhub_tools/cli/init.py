@@ -46,8 +46,8 @@ def _read_pairs(_ctx: click.Context, param: click.Parameter, value: tuple[str, .
     cls=ToolCommand,
     example="adaptertool init my-adapter --base SmolLM2-135M-Instruct --licence apache-2.0",
 )
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(), help="The base, whose digests are recorded then.")
+@click.argument("adapter", type=click.Path(path_type=Path, readable=False))
+@click.option("--base", type=click.Path(readable=False), help="The base, whose digests are recorded then.")
 @click.option("--replace", is_flag=True, help="Replace a manifest; what no file can tell is kept.")
 @click.option("--base-id", help="The base's repository id.")
 @click.option("--revision", help="The base's commit or tag.")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @click.command(
     "inspect", cls=ToolCommand, example="adaptertool inspect my-adapter --base SmolLM2-135M-Instruct"
 )
-@click.argument("path", type=click.Path())
-@click.option("--base", type=click.Path(), help="The adapter's base, to tell its share.")
+@click.argument("path", type=click.Path(readable=False))
+@click.option("--base", type=click.Path(readable=False), help="The adapter's base, to tell its share.")
 @standard_options
 def command(path: str, base: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Say what lies at PATH, an adapter or a base: method, ranks, targets, parameters, base.

@@ -69,7 +69,7 @@ def plot_option(function: F) -> F:
         function,
         click.option(
             "--plot",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=click.Path(path_type=Path, dir_okay=False, readable=False),
             help="Draw the spectra into this .png or .svg file; needs matplotlib.",
         ),
     )

@@ -13,9 +13,9 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("merge", cls=ToolCommand, example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged")
-@click.argument("base", type=click.Path())
-@click.argument("adapter", type=click.Path(), nargs=-1, required=True)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path(readable=False))
+@click.argument("adapter", type=click.Path(readable=False), nargs=-1, required=True)
+@click.argument("out", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--scale",
     type=float,
@@ -59,7 +59,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @click.option(
     "--replay",
     metavar="RECEIPT",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="Repeat the merge of this receipt: its scales and dtype; another result is an error.",
 )
 @standard_options

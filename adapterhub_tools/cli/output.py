@@ -51,7 +51,14 @@ class Output:
 
     def json(self, report: str, data: Mapping[str, Any]) -> None:
         """Prints an object, with the name and version of its form as ``report``."""
-        click.echo(json.dumps({"report": f"{report}-1.0", **data}, ensure_ascii=False, indent=2))
+        value = {"report": f"{report}-1.0", **data}
+        text = json.dumps(value, ensure_ascii=False, indent=2)
+        try:
+            text.encode(sys.stdout.encoding or "ascii")
+        except UnicodeEncodeError:
+            # A path that is no UTF-8, or a terminal that is not: JSON has escapes of its own.
+            text = json.dumps(value, indent=2)
+        click.echo(text)
 
     def line(self, text: str) -> None:
         """Prints a line that says what was done or found; shown even when quiet."""
@@ -116,8 +123,12 @@ class Output:
 def _console() -> Console:
     from rich.console import Console
 
+    class PlainConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the program with 1; see ToolCommand
+
     # rich keeps bold text under NO_COLOR; without a colour system it writes no escape sequence at all.
-    return Console(
+    return PlainConsole(
         width=None if sys.stdout.isatty() else PIPE_COLUMNS,
         color_system=None if os.environ.get("NO_COLOR") else "auto",
         highlight=False,

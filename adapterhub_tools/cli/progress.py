@@ -7,6 +7,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import click
+
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -22,7 +24,11 @@ def progress_for(output: Output) -> Progress:
     """Returns a display if standard error is a terminal and text is wanted, else one that shows nothing."""
     if output.as_json or output.quiet or not sys.stderr.isatty():
         return SilentProgress()
-    return TerminalProgress()
+    display = TerminalProgress()
+    context = click.get_current_context(silent=True)
+    if context is not None:  # after an error too: the cursor is hidden until then
+        context.call_on_close(display.finish)
+    return display
 
 
 class TerminalProgress:

@@ -14,10 +14,10 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 @click.command("pull", cls=ToolCommand, example="adaptertool pull hf://me/my-adapter@v1.0 my-adapter")
 @click.argument("ref")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="A folder for the base: what is there is checked; if nothing is, the base is pulled into it.",
 )
 @click.option(

@@ -13,7 +13,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("push", cls=ToolCommand, example="adaptertool push my-adapter hf://me/my-adapter --private")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path, readable=False))
 @click.argument("ref")
 @click.option("--private", is_flag=True, help="Make a new repository private; refuse one that is public.")
 @click.option("--revision", help="The branch; made if it is not there.")

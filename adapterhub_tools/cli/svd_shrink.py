@@ -14,13 +14,13 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("svd-shrink", cls=ToolCommand, example="adaptertool svd-shrink my-adapter small --energy 0.99")
-@click.argument("adapter", type=click.Path())
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(readable=False))
+@click.argument("out", type=click.Path(path_type=Path, readable=False))
 @policy_options
 @click.option(
     "--refit",
     metavar="BASE",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="Compute DoRA's magnitudes anew on this base; kept if not given.",
 )
 @click.option("--dtype", type=DTYPES, help="The dtype of the factors; their own if not given.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
+from adapterhub_tools.cli.ending import Interrupted, drop_output, remove_unfinished, system_error
 from adapterhub_tools.cli.output import Output
-from adapterhub_tools.errors import AdapterError
+from adapterhub_tools.errors import AdapterError, StoreError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,15 +18,21 @@ class ToolCommand(click.Command):
     """A command that ends with the exit code of the error it raised.
 
     The message goes to standard error; with ``--json`` the same content goes to standard output as JSON.
-    Other exceptions are errors of this program and are not hidden.
+    A system call that failed anywhere else, as when standard output is full, counts as a StoreError; a reader
+    that closed the pipe is told nothing. A signal ends the command with 128 + its number. Other exceptions
+    are errors of this program and are not hidden.
 
     Args:
         example: a command line, shown in the help.
+        unreadable: the exit code where something could not be read or written.
     """
 
-    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, example: str, unreadable: int = StoreError.exit_code, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.example = example
+        self._unreadable = unreadable
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the description, then the example on a line that is never wrapped."""
@@ -38,9 +45,28 @@ class ToolCommand(click.Command):
         output = Output.of(ctx.params)
         try:
             return super().invoke(ctx)
+        except StoreError as error:
+            self._end(ctx, output, error, self._unreadable)
         except AdapterError as error:
+            self._end(ctx, output, error, error.exit_code)
+        except BrokenPipeError:
+            drop_output()
+            ctx.exit(self._unreadable)
+        except OSError as error:
+            self._end(ctx, output, system_error(error), self._unreadable)
+        except Interrupted as stop:
+            remove_unfinished()
+            self._end(ctx, output, stop.as_error(), stop.exit_code)
+
+    def _end(self, ctx: click.Context, output: Output, error: AdapterError, code: int) -> NoReturn:
+        ctx.close()  # the progress display goes first
+        try:
             output.error(error)
-            ctx.exit(error.exit_code)
+        except OSError:
+            # With --json the error itself may be what standard output has no room for.
+            Output().error(error)
+        drop_output()
+        ctx.exit(code)
 
 
 def standard_options(function: F) -> F:

@@ -13,13 +13,13 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
 @click.command("unmerge", cls=ToolCommand, example="adaptertool unmerge merged base --adapter my-adapter")
-@click.argument("merged", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("merged", type=click.Path(path_type=Path, readable=False))
+@click.argument("out", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--adapter",
     multiple=True,
     required=True,
-    type=click.Path(),
+    type=click.Path(readable=False),
     help="An adapter of the merge; once for each, in any order.",
 )
 @click.option(

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "validate", cls=ToolCommand, example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct"
+    "validate",
+    cls=ToolCommand,
+    example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct",
+    unreadable=EXIT_COULD_NOT_CHECK,
 )
-@click.argument("adapter", type=click.Path(), nargs=-1, required=True)
-@click.option("--base", type=click.Path(), help="The base that it must fit.")
+@click.argument("adapter", type=click.Path(readable=False), nargs=-1, required=True)
+@click.option("--base", type=click.Path(readable=False), help="The base that it must fit.")
 @click.option(
     "--check-base",
     type=click.Choice(["full", "targets", "off"]),

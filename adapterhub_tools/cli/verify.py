@@ -14,7 +14,9 @@ from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
 @click.command(
     "verify", cls=ToolCommand, example="adaptertool verify SmolLM2-135M-Instruct my-adapter merged"
 )
-@click.argument("models", metavar="[BASE ADAPTER...] MERGED", type=click.Path(), nargs=-1, required=True)
+@click.argument(
+    "models", metavar="[BASE ADAPTER...] MERGED", type=click.Path(readable=False), nargs=-1, required=True
+)
 @click.option("--receipt", is_flag=True, help="Compare MERGED alone with its receipt, by digests.")
 @click.option(
     "--sample",

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,13 +125,15 @@ def run(
             writers[file.name].write(memoryview(file.header), 0)
         progress.start("merging", plan.read_bytes)
         jobs: list[Step | ByteRange] = [*plan.steps, *plan.digest_only]
-        for count in _in_threads(
+        counts = _in_threads(
             jobs,
             lambda job, buffers: _run_job(job, writers, around, buffers, result, lock, undo or {}),
             threads,
             failed,
-        ):
-            resolved += count
+        )
+        with closing(counts):  # an interruption waits for the workers before their files are closed
+            for count in counts:
+                resolved += count
         for writer in writers.values():
             writer.finish()
         for source in opened.values():
@@ -172,7 +174,7 @@ def _in_threads(
     work: Callable[[Step | ByteRange, Buffers], int],
     threads: int,
     failed: threading.Event,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Runs the jobs in order, ``threads`` at a time; the first error ends the others and is raised."""
     queue = iter(jobs)
     lock = threading.Lock()

@@ -22,6 +22,7 @@ from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, reco
 from adapterhub_tools.ops.manifest_record import place_of
 from adapterhub_tools.ops.random_tensors import random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
+from adapterhub_tools.store.files import is_folder
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.adapter import Adapter
@@ -103,7 +104,7 @@ def init(
         MismatchError: the adapter does not fit the base.
         StoreError: there is a manifest already, or it cannot be written.
     """
-    if adapter.is_file():
+    if not is_folder(adapter) and adapter.is_file():
         raise UnsupportedError.of(
             "not-a-folder",
             "a manifest describes a folder.",

@@ -16,7 +16,7 @@ from adapterhub_tools.ops.base_report import BaseReport, report_base
 from adapterhub_tools.registry import load, names
 from adapterhub_tools.store.adapter_files import AdapterFiles
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
-from adapterhub_tools.store.files import LocalFile
+from adapterhub_tools.store.files import LocalFile, is_folder
 from adapterhub_tools.store.folder import folder_kind
 from adapterhub_tools.store.header import read_header
 
@@ -174,7 +174,7 @@ def _is_adapter(path: Path) -> bool:
     """Tells an adapter from a base; a single file without a config shows it by its tensors' names."""
     if folder_kind(path) == "adapter":
         return True
-    folder = path if path.is_dir() else path.parent
+    folder = path if is_folder(path) else path.parent
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1 or files[0].suffix != ".safetensors" or not files[0].is_file():
         return False

@@ -10,13 +10,13 @@ from pathlib import Path
 from adapterhub_tools.errors import FormatError, Problem, StoreError, escape
 from adapterhub_tools.model.manifest import MANIFEST_NAME, FileRecord, Manifest, is_listed
 from adapterhub_tools.store.digest import file_sha256
-from adapterhub_tools.store.files import resolve_inside, store_error
+from adapterhub_tools.store.files import is_folder, resolve_inside, store_error
 from adapterhub_tools.store.strict_json import read_json
 
 
 def manifest_path(path: Path) -> Path:
     """Returns where the manifest of an adapter lies, given its folder or a file in it."""
-    return (path if path.is_dir() else path.parent) / MANIFEST_NAME
+    return (path if is_folder(path) else path.parent) / MANIFEST_NAME
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -30,7 +30,7 @@ def load_manifest(path: Path) -> Manifest:
         FormatError: it is broken; every problem.
         StoreError: it cannot be read.
     """
-    file = path / MANIFEST_NAME if path.is_dir() else path
+    file = path / MANIFEST_NAME if is_folder(path) else path
     return Manifest.from_json(read_json(file), file=file.name)
 
 

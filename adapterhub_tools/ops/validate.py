@@ -9,6 +9,7 @@ from adapterhub_tools.errors import (
     FormatError,
     IntegrityError,
     Problem,
+    StoreError,
     UnsupportedError,
     UnsupportedVersionError,
 )
@@ -89,7 +90,11 @@ def validate(
 
 def _check_manifest(adapter: Path, found: Collector) -> Manifest | None:
     """Checks the manifest against its rules and its schema; a reader's message stands before the schema's."""
-    path = manifest_path(adapter)
+    try:
+        path = manifest_path(adapter)
+    except StoreError:  # opening its files says why
+        found.skip("manifest", "the path cannot be examined")
+        return None
     if not path.exists():
         found.skip("manifest", f"there is no {MANIFEST_NAME}")
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape
 from adapterhub_tools.model.protocols import Opener, OpenSource
-from adapterhub_tools.store.files import FileStamp, LocalFile, resolve_inside
+from adapterhub_tools.store.files import FileStamp, LocalFile, is_folder, resolve_inside
 from adapterhub_tools.store.folder import (
     PICKLE_SUFFIXES,
     STEMS,
@@ -92,7 +92,7 @@ def open_adapter_files(path: Path | AdapterFiles, *, opener: Opener | None = Non
     """
     if isinstance(path, AdapterFiles):
         return path
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path, opener)
     if path.suffix != ".safetensors" and path.exists():
         raise foreign_weights(path.name)

@@ -14,7 +14,7 @@ from adapterhub_tools.errors import AdapterError, FormatError, Problem, Unsuppor
 from adapterhub_tools.model.base import StoredTensor
 from adapterhub_tools.model.protocols import Opener, OpenSource
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
-from adapterhub_tools.store.files import FileStamp, LocalFile, resolve_inside
+from adapterhub_tools.store.files import FileStamp, LocalFile, is_folder, resolve_inside
 from adapterhub_tools.store.folder import (
     PICKLE_REMEDY,
     PICKLE_SUFFIXES,
@@ -107,7 +107,7 @@ def open_checkpoint(path: Path | Checkpoint, *, opener: Opener | None = None) ->
     """
     if isinstance(path, Checkpoint):
         return path
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path, opener)
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_sharded(path.parent, path.name)

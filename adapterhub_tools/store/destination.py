@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub_tools.errors import Problem, StoreError, escape
-from adapterhub_tools.store.files import store_error
+from adapterhub_tools.store.files import is_folder, store_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -126,13 +126,15 @@ def _check_apart(out: Path, reading: Path) -> None:
     folder = Path(os.path.realpath(reading))
     outs, folders = set(_identities(out)), set(_identities(folder))
     remedy = "Choose an output beside the inputs."
-    if folder.is_dir() and (outs & set(_own_identity(folder)) or out == folder or folder in out.parents):
+    is_dir = is_folder(folder)
+    if is_dir and (outs & set(_own_identity(folder)) or out == folder or folder in out.parents):
         message = f"the output is the input '{escape(reading)}' or lies in it."
         raise _refused("overlaps-input", out, message, remedy)
     if folders & set(_own_identity(out)) or out == folder or out in folder.parents:
         message = f"the output holds the input '{escape(reading)}'."
         raise _refused("overlaps-input", out, message, remedy)
-    if not folder.is_dir():
+    _refuse_in_cache(out, folder, reading)
+    if not is_dir:
         return
     # A folder of links, such as a snapshot in a Hub cache, is only as safe as what they point to.
     try:
@@ -145,6 +147,19 @@ def _check_apart(out: Path, reading: Path) -> None:
         if out == real or out in real.parents:
             message = f"the output holds '{escape(real)}', to which '{escape(reading)}' links."
             raise _refused("overlaps-input", out, message, remedy)
+        _refuse_in_cache(out, real, reading)
+
+
+def _refuse_in_cache(out: Path, real: Path, reading: Path) -> None:
+    """Refuses an output among the files of the Hub cache repository that something read lies in."""
+    parts = real.parts
+    for index, part in enumerate(parts[:-1]):
+        if part.startswith("models--") and parts[index + 1] in ("blobs", "snapshots"):
+            repository = Path(*parts[: index + 1])
+            if out == repository or repository in out.parents:
+                message = f"the output lies in the Hub cache's '{escape(repository)}', which holds files of "
+                message += f"'{escape(reading)}'."
+                raise _refused("overlaps-input", out, message, "Choose an output outside the cache.")
 
 
 def _identities(path: Path) -> Iterator[tuple[int, int]]:

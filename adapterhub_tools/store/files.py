@@ -60,6 +60,20 @@ def store_error(error: OSError, doing: str, file: str | Path) -> StoreError:
     return StoreError(Problem(kind=kind, message=message, file=str(file), remedy=remedy))
 
 
+def is_folder(path: Path) -> bool:
+    """Tells whether a path is a folder; one that leads nowhere is not.
+
+    Raises:
+        StoreError: it cannot be told: a folder above it may not be entered, or the path is too long.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise store_error(error, "find it", path) from error
+
+
 def is_lfs_pointer(data: bytes) -> bool:
     """Returns whether these first bytes of a file are those of a Git LFS pointer."""
     return data.startswith(_LFS_PREFIX)

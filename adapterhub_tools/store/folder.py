@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.errors import FormatError, Problem, UnsupportedError
-from adapterhub_tools.store.files import resolve_inside, store_error
+from adapterhub_tools.store.files import is_folder, resolve_inside, store_error
 from adapterhub_tools.store.strict_json import read_json_object, trimmed
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ PICKLE_REMEDY = (
 
 def folder_kind(path: Path) -> str:
     """Returns ``"adapter"`` if the folder, or that of the file, holds an adapter, else ``"checkpoint"``."""
-    folder = path if path.is_dir() else path.parent
+    folder = path if is_folder(path) else path.parent
     if path.name.startswith("adapter_model.") or (folder / "adapter_config.json").is_file():
         return "adapter"
     if path.is_dir() and any(

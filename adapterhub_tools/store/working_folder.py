@@ -11,6 +11,9 @@ from pathlib import Path
 from adapterhub_tools.errors import Problem, StoreError
 from adapterhub_tools.store.files import store_error
 
+_own: dict[Path, Path] = {}
+"""The working folders that this process has made and not yet removed -> their outputs."""
+
 
 def recover(out: Path) -> tuple[Path, ...]:
     """Removes the working folders that killed runs left beside an output; those in use are not touched.
@@ -49,9 +52,13 @@ def make_work(out: Path) -> tuple[Path, int]:
     """
     for _ in range(100):
         work = out.with_name(f".{out.name}.tmp-{os.urandom(6).hex()}")
+        _own[work] = out  # before there is anything: an interruption can come at any moment
         try:
             os.mkdir(work)
         except OSError as error:
+            del _own[work]
+            if error.errno == errno.ENAMETOOLONG:
+                raise _name_too_long(work, out) from error
             raise store_error(error, "make a folder", work) from error
         try:
             fd = os.open(work / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -79,6 +86,20 @@ def make_work(out: Path) -> tuple[Path, int]:
             file=str(out),
             remedy="Let them finish, then try again.",
         )
+    )
+
+
+def remove_own() -> None:
+    """Removes the working folders of this process, which is about to end; see ``remove_work``."""
+    for work, out in list(_own.items()):
+        remove_work(work, out)
+
+
+def _name_too_long(work: Path, out: Path) -> StoreError:
+    more = len(os.fsencode(work.name)) - len(os.fsencode(out.name))
+    message = f"its name is too long: the working folder beside it needs {more} more bytes than the name."
+    return StoreError(
+        Problem(kind="name-too-long", message=message, file=str(out), remedy="Choose a shorter name.")
     )
 
 
@@ -116,6 +137,13 @@ def remove_work(work: Path, out: Path) -> bool:
     Should the output be missing because its old folder was renamed away, that is put back first; where it
     cannot be, nothing is removed, and the next run tries again.
     """
+    gone = _remove(work, out)
+    if gone:
+        _own.pop(work, None)
+    return gone
+
+
+def _remove(work: Path, out: Path) -> bool:
     import shutil
 
     old = work / "old"

@@ -149,3 +149,19 @@ def test_space(tmp_path: Path) -> None:
     assert "are free" in problem.message
     with pytest.raises(StoreError):
         check_space(tmp_path / "nowhere", 1)
+
+
+@pytest.mark.parametrize("place", ["blobs/out", "snapshots/out", "snapshots/main/out", "out", ""])
+@pytest.mark.parametrize("given", ["snapshot", "weights", "folder of links"])
+def test_among_the_files_of_the_hub_cache_that_are_read(tmp_path: Path, place: str, given: str) -> None:
+    repository = tmp_path / "hub" / "models--example--tiny"
+    blobs = make(repository / "blobs", abc="w")
+    snapshot = make(repository / "snapshots" / "main")
+    links = make(tmp_path / "links")
+    (snapshot / "weights").symlink_to(Path("../../blobs/abc"))
+    (links / "weights").symlink_to(blobs / "abc")
+    reading = {"snapshot": snapshot, "weights": snapshot / "weights", "folder of links": links}[given]
+    error = refused("overlaps-input", repository / place, inputs=(reading,), replace=True)
+    assert error.problems[0].remedy
+    assert tree(repository) == {"blobs/abc": b"w", "snapshots/main/weights": b"w"}
+    check_destination(tmp_path / "hub" / "models--example--other", inputs=[reading])
