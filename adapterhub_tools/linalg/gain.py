@@ -49,20 +49,28 @@ class Gain:
         self.inner: int = term.inner
         # Beyond the delta's: t, t + D, the product with w and the bound itself.
         self.unit: float = (term.roundings + 4) * 2.0**-53 * SLACK
+        self._buffer: Tensor | None = None
         if rows != len(self._size):
             raise ValueError(f"the gain has {len(self._size)} rows, the weight {rows}")
 
     def evaluate(self, block: Tensor, row: int) -> None:
         """Multiplies a block by its gains in place, and completes the bounds; see Expression."""
         count = int(block.shape[0])
-        gain = block.new_full(block.shape, float(self._constant))
-        self._term.add_to(gain, row)
-        peaks = block.abs().amax(dim=1).cpu().numpy() if block.shape[1] else np.zeros(count)
+        gain = self._buffer_like(block)
+        torch.abs(block, out=gain)
+        peaks = gain.amax(dim=1).cpu().numpy() if block.shape[1] else np.zeros(count)
+        self._term.add_to(gain.fill_(float(self._constant)), row)
         size = self._size[row : row + count]
         with np.errstate(all="ignore"):
             bound = size * peaks * SLACK + UNDERFLOW * (1 + size + peaks)
         self.bounds[row : row + count] = np.where(size != 0, np.where(np.isnan(bound), np.inf, bound), 0.0)
         block.mul_(gain)
+
+    def _buffer_like(self, block: Tensor) -> Tensor:
+        """Returns a buffer of the block's shape; one is kept, as a new one for each block splits the heap."""
+        if self._buffer is None or self._buffer.shape[0] < block.shape[0]:
+            self._buffer = torch.empty_like(block)
+        return self._buffer[: block.shape[0]]
 
     def exact_bits(
         self,

@@ -148,9 +148,11 @@ def trained_adalora(folder: Path) -> tuple[Path, Path, PeftModel]:
 def test_adalora_with_pruned_ranks(tmp_path: Path) -> None:
     base, adapter, model = trained_adalora(tmp_path)
     pattern = json.loads((adapter / "adapter_config.json").read_text())["rank_pattern"]
-    assert any(sum(kept) < 6 for kept in pattern.values())
+    ranks = [sum(kept) for kept in pattern.values()]
+    assert min(ranks) < 6
     report = ours(base, adapter, tmp_path / "out")
-    assert report.changed == report.expected > 0
+    # What was pruned to rank 0 is a target that does not change.
+    assert (report.changed, report.expected) == (sum(rank > 0 for rank in ranks), len(ranks))
     loaded = PeftModel.from_pretrained(models.LlamaForCausalLM.from_pretrained(base), adapter).eval()
     merged = models.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(models.outputs_of(merged), models.outputs_of(loaded), rtol=1e-5, atol=1e-5)
