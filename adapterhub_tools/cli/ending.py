@@ -56,8 +56,12 @@ def catch_signals() -> None:
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
     # What follows must not interrupt the clean-up; a second Ctrl-C does, should that hang.
     for other in _SIGNALS:
-        signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
+        signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else _disregard)
     raise Interrupted(number)
+
+
+def _disregard(number: int, frame: FrameType | None) -> None:
+    """Does nothing: SIG_IGN would make the interpreter complain of a signal that came before it was set."""
 
 
 def remove_unfinished() -> None:
