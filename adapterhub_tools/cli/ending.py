@@ -31,7 +31,7 @@ class Interrupted(BaseException):
         """Keeps the signal's number."""
         super().__init__(number)
         self.number = number
-        self.exit_code = 128 + number
+        self.exit_code: int = 128 + number
 
     def as_error(self) -> AdapterError:
         """Returns what to tell the user."""

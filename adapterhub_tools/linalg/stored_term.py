@@ -124,8 +124,10 @@ class SparseTerm:
         self._places: IntArray = sorted_places.numpy()
         self._values: F64Array = values[order].numpy()
         self._scale = scale
-        self.row, self.row_end = row, row + height
-        self.column, self.column_end = column, column + width
+        self.row: int = row
+        self.row_end: int = row + height
+        self.column: int = column
+        self.column_end: int = column + width
         self._height, self._width = height, width
         _, counts = np.unique(self._places, return_counts=True)
         self.inner: int = int(counts.max(initial=1))

@@ -29,8 +29,10 @@ class TermSum:
         """Keeps the terms."""
         self._terms = tuple(terms)
         first = self._terms[0]
-        self.row, self.row_end = first.row, first.row_end
-        self.column, self.column_end = first.column, first.column_end
+        self.row: int = first.row
+        self.row_end: int = first.row_end
+        self.column: int = first.column
+        self.column_end: int = first.column_end
 
     @property
     def inner(self) -> int:

@@ -76,9 +76,7 @@ def warm_server(server: MergeServer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(params=[UndoScene, UnmergeScene], ids=["merge --undo", "unmerge"])
-def undo_scene(
-    request: pytest.FixtureRequest, memory_folder: Path, warm_server: MergeServer
-) -> Scene:
+def undo_scene(request: pytest.FixtureRequest, memory_folder: Path, warm_server: MergeServer) -> Scene:
     return request.param(memory_folder, warm_server)
 
 
