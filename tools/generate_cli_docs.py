@@ -34,6 +34,7 @@ def help_text(command: click.Command, name: str, parent: click.Context | None) -
         terminal_width=WIDTH,
         max_content_width=WIDTH,
         color=False,
+        **command.context_settings,
     )
     lines = click.unstyle(command.get_help(context)).splitlines()
     return "\n".join(line.rstrip() for line in lines), context

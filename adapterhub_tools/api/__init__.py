@@ -262,7 +262,11 @@ def merge(
         MismatchError: an adapter does not fit the base.
         IntegrityError: the base is not the one that a manifest records, or the result is not that of the
             merge to replay.
+        LossyError: a result overflows the output's dtype.
         StoreError: could not read or write; the destination is untouched.
+        ValueError: a value that an option does not have: an unknown dtype, device or ``check_base``, fewer
+            than one thread, a scale that is not finite, another number of scales than one or one for each
+            adapter, or no ``out`` without ``dry_run``.
     """
     from dataclasses import replace as with_fields
 

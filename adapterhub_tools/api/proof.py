@@ -98,7 +98,8 @@ def verify(
     Raises:
         FormatError: the base or an adapter is broken.
         MismatchError: an adapter does not fit the base.
-        ValueError: neither a receipt nor base and adapter to compare with.
+        ValueError: neither a receipt nor base and adapter to compare with; a scale that is not finite, or
+            another number of them than one or one for each adapter.
         StoreError: a file cannot be read.
     """
     from adapterhub_tools.hub import resolve

@@ -9,7 +9,7 @@ import click
 from adapterhub_tools import api
 from adapterhub_tools.cli.output import Output, size_text
 from adapterhub_tools.cli.progress import progress_for
-from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
+from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite, standard_options
 
 
 @click.command("merge", cls=ToolCommand, example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged")
@@ -20,6 +20,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     "--scale",
     type=float,
     multiple=True,
+    callback=finite,
     help="A factor on the delta: one for all adapters, or one for each.",
 )
 @click.option(
@@ -89,6 +90,7 @@ def command(
     same bytes on any machine. OUT holds all of it or does not exist. Several adapters are summed exactly and
     rounded once.
     """
+    check_scales(scale, len(adapter))
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     report = api.merge(
         base,

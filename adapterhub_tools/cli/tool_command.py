@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -67,6 +68,27 @@ class ToolCommand(click.Command):
             Output().error(error)
         drop_output()
         ctx.exit(code)
+
+
+def finite(_: click.Context, param: click.Parameter, values: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuses a repeated number that is NaN or infinite; the callback of an option."""
+    for value in values:
+        if not isfinite(value):
+            raise click.BadParameter(f"{value} is not a finite number.", param=param)
+    return values
+
+
+def check_scales(scales: tuple[float, ...], adapters: int) -> None:
+    """Refuses scales that are neither one for all adapters nor one for each.
+
+    Raises:
+        click.UsageError: there are more or fewer.
+    """
+    if len(scales) not in (0, 1, adapters):
+        raise click.UsageError(
+            f"{len(scales)} scales were given for {adapters} adapters; give one for all, or one for each.",
+            click.get_current_context(),
+        )
 
 
 def standard_options(function: F) -> F:

@@ -7,7 +7,7 @@ import click
 from adapterhub_tools import api
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
-from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
+from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite, standard_options
 from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
 
 
@@ -36,6 +36,7 @@ from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
     "--scale",
     type=float,
     multiple=True,
+    callback=finite,
     help="What the delta was multiplied with, for all or for each; the receipt's, or 1, if not given.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the rows and probes; fresh ones if not given.")
@@ -62,6 +63,7 @@ def command(
     """
     if receipt != (len(models) == 1) or len(models) == 2:
         raise click.UsageError("give BASE, ADAPTER and MERGED; or MERGED alone with --receipt.", context)
+    check_scales(scale, len(models) - 2 if not receipt else len(scale))
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     try:
         report = api.verify(

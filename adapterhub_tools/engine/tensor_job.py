@@ -202,6 +202,15 @@ def _pieces(total: int, size: int, around: Surroundings, unit: int = 1) -> Itera
         yield begin, count
 
 
+_WIDER = {
+    "F16": "Write a wider type with --dtype float32 (or bfloat16), or use a smaller --scale.",
+    "BF16": "Write a wider type with --dtype float64, or use a smaller --scale.",
+    "F32": "Write a wider type with --dtype float64, or use a smaller --scale.",
+    "F64": "No type is wider: use a smaller --scale.",
+}
+"""Output dtype -> what to do where a result is beyond its range."""
+
+
 def _non_finite(step: Step, file: str, at: NonFinite) -> AdapterError:
     index = _index(at.row, at.column, step.output.shape)
     if at.start - at.start != 0:
@@ -218,7 +227,7 @@ def _non_finite(step: Step, file: str, at: NonFinite) -> AdapterError:
         f"(it starts from {at.start:g}).",
         file=file,
         loc=step.output.name,
-        remedy="Write a wider type with --dtype float32 (or bfloat16), or use a smaller --scale.",
+        remedy=_WIDER.get(step.output.dtype, "Use a smaller --scale, or another adapter."),
     )
 
 

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from adapterhub_tools.model.tensor import TensorSpec
+
+_REPOSITORY_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
+
+
+def is_repository_id(text: str) -> bool:
+    """Tells whether a name can be that of a repository on the Hub: ``"owner/name"``, or a bare ``"name"``.
+
+    At most 96 letters, digits, ``-``, ``_`` and ``.``; neither part begins or ends with ``-`` or ``.``, and
+    none holds ``--`` or ``..``.
+    """
+    return (
+        len(text) <= 96
+        and _REPOSITORY_ID.fullmatch(text) is not None
+        and "--" not in text
+        and ".." not in text
+        and not any(part[0] in "-." or part[-1] in "-." for part in text.split("/"))
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

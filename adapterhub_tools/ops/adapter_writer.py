@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools import registry
 from adapterhub_tools.model.adapter import Adapter
-from adapterhub_tools.model.base import BaseRef
+from adapterhub_tools.model.base import BaseRef, is_repository_id
 from adapterhub_tools.model.manifest import MANIFEST_NAME, HistoryEntry, HistoryInput, Manifest
 from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.adapter_digest import adapter_digest
@@ -197,9 +197,12 @@ def _manifest(opened: OpenedAdapter, draft: Draft) -> tuple[Manifest, str]:
         else module
         for module in opened.adapter.modules
     )
-    adapter = dataclasses.replace(opened.adapter, modules=modules, base=draft.adapter.base)
+    before, base = draft.before, draft.adapter.base
+    kept = None if before is None else before.base.id
+    if base is not None and base.id not in (None, kept) and not is_repository_id(base.id or ""):
+        base = dataclasses.replace(base, id=None)  # a local path, from the config
+    adapter = dataclasses.replace(opened.adapter, modules=modules, base=base)
     digest = adapter_digest(opened.files, opened.adapter)
-    before = draft.before
     manifest = Manifest(
         adapter=adapter,
         files=record_files(opened.files.root),

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.errors import AdapterError, MismatchError, Problem, UnsupportedError
+from adapterhub_tools.errors import AdapterError, FormatError, MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.manifest import MANIFEST_NAME
 from adapterhub_tools.model.manifest_blocks import LOW_RANK_METHODS
 from adapterhub_tools.model.scaling import scale_of
+from adapterhub_tools.ops.base_config import tie_problems
 from adapterhub_tools.ops.base_report import main_dtype
 from adapterhub_tools.ops.fit import Fit, fit
 from adapterhub_tools.ops.hash import tensor_digests
@@ -47,6 +48,7 @@ def fit_problems(
     fitted = fit(replace(adapter, modules=complete), checkpoint)
     for problem in fitted.problems:
         add(UnsupportedError if problem.kind in _UNSUPPORTED_KINDS else MismatchError, [problem])
+    add(FormatError, tie_problems(checkpoint, fitted.changed_names))
     return fitted
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, raise_for
-from adapterhub_tools.model.base import BaseRef
+from adapterhub_tools.model.base import BaseRef, is_repository_id
 from adapterhub_tools.model.json_fields import Fields
 from adapterhub_tools.model.manifest import MANIFEST_NAME, Manifest, check_training
 from adapterhub_tools.model.manifest_blocks import check_quantisation
@@ -149,8 +149,9 @@ def new_manifest(
     opened = read_adapter(adapter, accept_embeddings=True)
     opened.files.open_weights().close()
     before = opened.manifest
-    known = _known_base(opened, base_id, revision, quantisation)
-    described, notes = opened.adapter, [*opened.adapter.notes, *map(str, opened.problems)]
+    known, notes = _known_base(opened, base_id, revision, quantisation)
+    described = opened.adapter
+    notes += [*described.notes, *map(str, opened.problems)]
     if base is not None:
         checkpoint = open_checkpoint(base)
         fitted = fit(described, checkpoint)
@@ -210,19 +211,30 @@ def _known_base(
     base_id: str | None,
     revision: str | None,
     quantisation: Mapping[str, Any] | None,
-) -> BaseRef:
-    """Joins what options, the manifest before and the adapter's config say; what comes first counts."""
+) -> tuple[BaseRef, list[str]]:
+    """Joins what options, the manifest before and the adapter's config say; what comes first counts.
+
+    Returns:
+        the base, and notes.
+    """
     config = opened.adapter.base or BaseRef()
     before = opened.manifest.base if opened.manifest is not None else BaseRef()
     if base_id is not None and base_id != (before.id or config.id):
         # Another base: nothing that was known of the one before holds for it.
         config = before = BaseRef()
+    found, notes = base_id or before.id or config.id, []
+    if found is not None and found == config.id != base_id and not is_repository_id(found):
+        # Where the base lay on the machine of the training tells others nothing, and may be private.
+        notes = ["the config names the base by a local path, which is left out: give --base-id"]
+        found = None
     known = dataclasses.replace(
         before,
-        id=base_id or before.id or config.id,
+        id=found,
         revision=revision or before.revision or config.revision,
     )
-    return known if quantisation is None else dataclasses.replace(known, quantisation=dict(quantisation))
+    if quantisation is not None:
+        known = dataclasses.replace(known, quantisation=dict(quantisation))
+    return known, notes
 
 
 def _keep_resolved(opened: OpenedAdapter, before: Manifest) -> Adapter:

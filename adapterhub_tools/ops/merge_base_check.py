@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adapterhub_tools.errors import IntegrityError, UnsupportedError, raise_for
+from adapterhub_tools.errors import FormatError, IntegrityError, UnsupportedError, raise_for
 from adapterhub_tools.model.receipt import ReceiptBase
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.ops.base_config import tie_problems
 from adapterhub_tools.ops.manifest_record import OTHER_TARGETS, check_record, module_base_problems
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
@@ -41,9 +42,11 @@ def check_records(parts: Sequence[Part], checkpoint: Checkpoint, options: MergeO
 
     Raises:
         IntegrityError: they differ.
+        FormatError: the base's config does not say clearly whether an embedding that is changed is tied.
     """
     for part in parts:
         check_record(part.opened)
+        raise_for(tie_problems(checkpoint, part.fit.changed_names), FormatError)
     if options.check_base == "off":
         return
     found = None if checkpoint.config is None else config_digest(checkpoint.config)

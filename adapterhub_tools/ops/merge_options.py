@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from adapterhub_tools.errors import MismatchError
 from adapterhub_tools.model.tensor import DTYPE_NAMES
 
 CHECKS = ("full", "targets", "off")
@@ -52,18 +51,17 @@ class MergeOptions:
         """Returns one factor for each of so many adapters.
 
         Raises:
-            MismatchError: their number is neither 0, 1 nor the number of adapters, or one is not finite.
+            ValueError: their number is neither 0, 1 nor the number of adapters, or one is not finite; the
+                command line refuses both earlier.
         """
         if not all(isfinite(scale) for scale in self.scales):
-            raise MismatchError.of("scale", "a scale must be a finite number.", loc="--scale")
+            raise ValueError(f"each scale must be a finite number, not {self.scales}")
         if len(self.scales) in (0, 1):
             return (self.scales or (1.0,)) * adapters
         if len(self.scales) != adapters:
-            raise MismatchError.of(
-                "scale",
-                f"{len(self.scales)} scales were given for {adapters} adapters.",
-                loc="--scale",
-                remedy="Give one for all, or one for each in their order.",
+            raise ValueError(
+                f"{len(self.scales)} scales were given for {adapters} adapters; "
+                "give one for all, or one for each in their order"
             )
         return self.scales
 

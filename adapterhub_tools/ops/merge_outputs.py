@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.model.plan import Plan
+from adapterhub_tools.ops.base_config import quantisation_notes
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan
@@ -62,6 +63,7 @@ def side_outputs(
             written[checkpoint.config_file] = text.encode("utf-8")
         else:
             copied[checkpoint.config_file] = resolve_inside(checkpoint.root, checkpoint.config_file)
+    notes += quantisation_notes(checkpoint)
     nbytes = sum(path.stat().st_size for path in copied.values()) + sum(map(len, written.values()))
     return SideOutputs(
         copied=copied, written=written, config_digest=digest, notes=tuple(notes), nbytes=nbytes
