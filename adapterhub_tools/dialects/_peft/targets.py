@@ -162,7 +162,7 @@ def _names(value: object) -> tuple[str, ...] | str | None:
 def _list(value: object) -> tuple[str, ...]:
     """Returns the strings of a list, or of a single string, without duplicates, in order."""
     if isinstance(value, str):
-        return (value,)
+        return (value,) if value else ()
     return tuple(dict.fromkeys(v for v in value if isinstance(v, str))) if isinstance(value, list) else ()
 
 
