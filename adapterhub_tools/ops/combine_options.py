@@ -1,0 +1,117 @@
+"""What can be asked of a combination."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from adapterhub_tools import registry
+from adapterhub_tools.errors import MismatchError, escape
+from adapterhub_tools.ops.combine_weights import Weights
+from adapterhub_tools.ops.rank_policy import RankPolicy
+
+SPACES = ("deltas", "factors")
+"""What is combined: what the adapters do, or, as in PEFT's ``add_weighted_adapter``, their factors."""
+
+FULL_RULES = ("delta", "average", "drop")
+"""What becomes of tensors that adapters carry in full; see ops/combine_full.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineOptions:
+    """The options of a combination.
+
+    Attributes:
+        method: a name of the registry ``combine``, or for ``space="factors"`` of PEFT's combination types.
+        weights: what each adapter counts.
+        hparams: the method's options that were given, by name.
+        policy: how ranks are chosen; None for the method's own choice.
+        policy_options: the policy as it was asked for, for the history.
+        base: the base, where what an adapter does depends on it.
+        space: one of SPACES.
+        full: one of FULL_RULES.
+        allow_disjoint: whether an adapter may share no target module with any other.
+        dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the factors; None takes the
+            widest of the inputs.
+        seed: of random sketches, and of random masks.
+        replace: whether an existing folder may be replaced.
+        allow_replace_gap: whether that may leave a moment without a folder.
+        threads: the number of workers; None chooses.
+        dry_run: whether to compute and report without writing.
+    """
+
+    method: str
+    weights: Weights
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    policy: RankPolicy | None = None
+    policy_options: Mapping[str, object] = field(default_factory=dict)
+    base: Path | None = None
+    space: str = "deltas"
+    full: str = "delta"
+    allow_disjoint: bool = False
+    dtype: str | None = None
+    seed: int = 0
+    replace: bool = False
+    allow_replace_gap: bool = False
+    threads: int | None = None
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the options that decide the result, for the history."""
+        return {
+            "method": self.method,
+            "weights": self.weights.to_json(),
+            **self.hparams,
+            **self.policy_options,
+            "space": self.space,
+            "full": self.full,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }
+
+
+def implementation(method: str, given: Mapping[str, Any], seed: int) -> Any:
+    """Returns a method of the registry with the options that were given.
+
+    Args:
+        method: its name.
+        given: option -> value; None counts as not given.
+        seed: for methods that draw random numbers.
+
+    Raises:
+        UnsupportedError: no such method.
+        MismatchError: an option that it does not have, one that it needs is missing, or a value out of range.
+    """
+    made = registry.load("combine", method).IMPLEMENTATION
+    known = {item.name: item for item in fields(made)}
+    values = {name: value for name, value in given.items() if value is not None}
+    for name in values:
+        if name not in known:
+            raise MismatchError.of(
+                "option",
+                f"{method} has no {name.replace('_', ' ')}.",
+                loc=_flag(name),
+                remedy=f"Leave {_flag(name)} out, or choose a method that has it.",
+            )
+    if "seed" in known:
+        values["seed"] = seed
+    for name, item in known.items():
+        if name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise MismatchError.of(
+                "option",
+                f"{method} needs a value for it.",
+                loc=_flag(name),
+                remedy=f"Give {_flag(name)}.",
+            )
+    try:
+        return made(**values)
+    except ValueError as error:
+        raise MismatchError.of(
+            "option", f"{escape(str(error))}.", loc="--method", remedy=f"See the options of {method}."
+        ) from error
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
