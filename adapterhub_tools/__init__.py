@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         merge,
         pull,
         push,
+        sign,
         svd_shrink,
         unmerge,
         validate,
@@ -56,8 +57,9 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.hash import ContentDigest
     from adapterhub_tools.ops.init import InitReport
     from adapterhub_tools.ops.inspect import AdapterReport
-    from adapterhub_tools.ops.merge import MergeReport
+    from adapterhub_tools.ops.merge_report import MergeReport
     from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
+    from adapterhub_tools.ops.sign import SignReport
     from adapterhub_tools.ops.unmerge_report import UnmergeReport
     from adapterhub_tools.ops.validation_report import ValidationReport
     from adapterhub_tools.ops.verify_report import TensorVerdict, VerifyReport
@@ -77,6 +79,7 @@ _HOMES = {
         "merge",
         "pull",
         "push",
+        "sign",
         "svd_shrink",
         "unmerge",
         "validate",
@@ -106,8 +109,9 @@ _HOMES = {
     "ops.init": ("InitReport",),
     "ops.base_report": ("BaseReport",),
     "ops.inspect": ("AdapterReport",),
-    "ops.merge": ("MergeReport",),
+    "ops.merge_report": ("MergeReport",),
     "ops.shrink_report": ("LowRankReport", "ModuleReport"),
+    "ops.sign": ("SignReport",),
     "ops.unmerge_report": ("UnmergeReport",),
     "ops.validation_report": ("ValidationReport",),
     "ops.verify_report": ("TensorVerdict", "VerifyReport"),
@@ -140,6 +144,7 @@ __all__ = [
     "Progress",
     "PullReport",
     "PushReport",
+    "SignReport",
     "SilentProgress",
     "StoreError",
     "TargetModule",
@@ -162,6 +167,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "sign",
     "svd_shrink",
     "unmerge",
     "validate",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterhub_tools.api.exchange import list_adapters, pull, push
 from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
-from adapterhub_tools.api.proof import unmerge, verify
+from adapterhub_tools.api.proof import sign, unmerge, verify
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.hash import ContentDigest
     from adapterhub_tools.ops.init import InitReport
     from adapterhub_tools.ops.inspect import AdapterReport
-    from adapterhub_tools.ops.merge import MergeReport
+    from adapterhub_tools.ops.merge_report import MergeReport
     from adapterhub_tools.ops.validation_report import ValidationReport
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "sign",
     "svd_shrink",
     "unmerge",
     "validate",
@@ -232,6 +233,8 @@ def merge(
     adapter_tokenizer: bool = False,
     undo: bool = False,
     replay: Reference | None = None,
+    loss: str | None = None,
+    allow_loss: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges adapters into a base: each weight is the correctly rounded value of the exact formula.
@@ -254,6 +257,9 @@ def merge(
         undo: whether to write also what brings the base back, bit for bit; see ``unmerge``.
         replay: the receipt of the merge to repeat, or its folder: it decides scales and dtype, and the result
             must be its.
+        loss: whether to measure first how much of the change the output holds: ``"sampled"``, ``"full"`` or
+            ``"off"``; None takes a sample in a dry run of a local base, and for a quantised output.
+        allow_loss: whether a quantised output may hold less than half of the change.
         progress: told how far it is.
 
     Raises:
@@ -262,7 +268,8 @@ def merge(
         MismatchError: an adapter does not fit the base.
         IntegrityError: the base is not the one that a manifest records, or the result is not that of the
             merge to replay.
-        LossyError: a result overflows the output's dtype.
+        LossyError: a result overflows the output's dtype, or less than half of the change survives in a
+            quantised output.
         StoreError: could not read or write; the destination is untouched.
         ValueError: a value that an option does not have: an unknown dtype, device or ``check_base``, fewer
             than one thread, a scale that is not finite, another number of scales than one or one for each
@@ -287,6 +294,9 @@ def merge(
         adapter_tokenizer=adapter_tokenizer,
         undo=undo,
         replay=optional_path(replay),
+        sign=optional_path(sign),
+        loss=loss,
+        allow_loss=allow_loss,
     )
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
     with resolve.base_files(base) as opened, resolve.adapter_folders(adapters) as folders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +11,11 @@ from adapterhub_tools import api
 from adapterhub_tools.cli.output import Output, size_text
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite, standard_options
+
+if TYPE_CHECKING:
+    from adapterhub_tools.ops.merge_report import MergeReport
+
+_SHOWN = 5
 
 
 @click.command("merge", cls=ToolCommand, example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged")
@@ -63,6 +69,18 @@ from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite,
     type=click.Path(path_type=Path, readable=False),
     help="Repeat the merge of this receipt: its scales and dtype; another result is an error.",
 )
+@click.option(
+    "--sign",
+    metavar="KEY",
+    type=click.Path(path_type=Path, readable=False),
+    help="Sign OUT with this private key, a PEM file (extra [sign]).",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["sampled", "full", "off"]),
+    help="Measure first how much of the change the output holds; a dry run takes a sample.",
+)
+@click.option("--allow-loss", is_flag=True, help="Write a quantised output that holds less than half of it.")
 @standard_options
 def command(
     base: str,
@@ -80,6 +98,9 @@ def command(
     adapter_tokenizer: bool,
     undo: bool,
     replay: Path | None,
+    sign: Path | None,
+    loss: str | None,
+    allow_loss: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -108,6 +129,9 @@ def command(
         adapter_tokenizer=adapter_tokenizer,
         undo=undo,
         replay=replay,
+        sign=sign,
+        loss=loss,
+        allow_loss=allow_loss,
         progress=progress_for(output),
     )
     if as_json:
@@ -128,4 +152,23 @@ def command(
                 ("decided exactly", None if dry_run else f"{report.resolved:,} values"),
             ),
         )
+    _show_loss(output, report)
     output.line(report.summary)
+
+
+def _show_loss(output: Output, report: MergeReport) -> None:
+    """Prints how much of the change the output holds: the tensors that lose most, or all when verbose."""
+    if report.loss is None:
+        return
+    known = [(name, loss) for name, loss in report.loss.tensors.items() if loss.survival is not None]
+    rows = known if output.verbose else sorted(known, key=lambda item: item[1].survival or 0.0)[:_SHOWN]
+    title = f"change that survives rounding: {len(rows)} of {len(known)} tensors"
+    output.table(
+        title if len(rows) == len(known) else f"{title}, the lowest",
+        ("tensor", "survives", "error of the change", "SQNR"),
+        [
+            (name, f"{loss.survival:.2%}", f"{loss.relative_error:.2g}", f"{loss.sqnr:.1f} dB")
+            for name, loss in rows
+        ],
+    )
+    output.notes([report.loss.words])

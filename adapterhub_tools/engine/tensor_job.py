@@ -158,7 +158,7 @@ def _compute(
         out = out_bytes.view(out_dtype).view(count, columns)
         wrong = rounder.round_rows(start, out, first)
         if wrong is not None:
-            raise _non_finite(step, source.name, wrong)
+            raise non_finite_error(step, source.name, wrong)
         if patch is not None and step.patch is not None:
             for index, row in enumerate(step.patch.rows):
                 if first <= row < first + count:
@@ -188,7 +188,7 @@ def _patch_rows(step: Step, patch: RowPatch, around: Surroundings) -> Tensor:
     )
     wrong = rounder.round_rows(values, out, 0)
     if wrong is not None:
-        raise _non_finite(step, source.name, wrong)
+        raise non_finite_error(step, source.name, wrong)
     return out
 
 
@@ -211,7 +211,8 @@ _WIDER = {
 """Output dtype -> what to do where a result is beyond its range."""
 
 
-def _non_finite(step: Step, file: str, at: NonFinite) -> AdapterError:
+def non_finite_error(step: Step, file: str, at: NonFinite) -> AdapterError:
+    """Returns the error for a result that is not finite: the base's fault, or too large for the dtype."""
     index = _index(at.row, at.column, step.output.shape)
     if at.start - at.start != 0:
         return FormatError.of(

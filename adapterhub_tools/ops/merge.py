@@ -7,96 +7,36 @@ base, NaN, overflow) ends the run while the output is still invisible.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from adapterhub_tools import registry
-from adapterhub_tools.errors import (
-    FormatError,
-    MismatchError,
-    Problem,
-    UnsupportedError,
-    raise_for,
-)
+from adapterhub_tools.errors import MismatchError
 from adapterhub_tools.model.canonical import canonical_json
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter, ReceiptTensor
 from adapterhub_tools.model.version import VERSION
-from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
-from adapterhub_tools.ops.fit import fit
+from adapterhub_tools.ops.device import device_of
 from adapterhub_tools.ops.merge_base_check import (
     check_records,
     checked_digest,
     compare_base,
     recorded_algorithm,
 )
+from adapterhub_tools.ops.merge_inputs import fit_all, open_mergeable
+from adapterhub_tools.ops.merge_loss import measured_loss
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_outputs import SideOutputs, index_text, side_outputs
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.merge_replay import compare_replay, replayed
+from adapterhub_tools.ops.merge_report import MergeReport, merge_notes, report_of
 from adapterhub_tools.ops.module_kinds import guarantee_of
-from adapterhub_tools.ops.random_tensors import checked_random_digest
+from adapterhub_tools.ops.sign import Signer, commit_signed
 from adapterhub_tools.ops.undo_plan import plan_undo
 from adapterhub_tools.ops.undo_record import UndoRecording, recording
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.digest import root_digest
 from adapterhub_tools.store.directory import StagedDirectory, stage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeReport:
-    """What a merge did, or with ``dry_run`` would do.
-
-    Attributes:
-        out: the output folder; None in a dry run without one.
-        dry_run: True if nothing was written.
-        changed: how many target tensors have other bytes now, by their digests; in a dry run, and with
-            ``check_base="off"``, how many are computed.
-        expected: how many the adapters target.
-        modules: how many target modules the adapters have.
-        tensors: how many tensors the output has.
-        nbytes: bytes of the weight files.
-        peak_bytes: the planned memory for buffers and factors, start-up excluded.
-        digest: the content digest of the output; None in a dry run.
-        base_digest: that of the base, where it was computed.
-        resolved: how many values were decided by exact arithmetic.
-        notes: what was decided by rule, and what was left behind.
-        receipt: the receipt; None in a dry run.
-        undo_bytes: the size of the undo file; None without one.
-    """
-
-    out: str | None
-    dry_run: bool
-    changed: int
-    expected: int
-    modules: int
-    tensors: int
-    nbytes: int
-    peak_bytes: int
-    digest: str | None
-    base_digest: str | None
-    resolved: int
-    notes: tuple[str, ...]
-    receipt: Receipt | None
-    undo_bytes: int | None = None
-
-    @property
-    def summary(self) -> str:
-        """One line that proves what was done."""
-        what = f"{self.changed} of {self.expected} target tensors changed, {self.nbytes:,} bytes"
-        if self.dry_run:
-            return (
-                f"dry run: {what} would be written; {self.peak_bytes:,} bytes of buffers; nothing was written"
-            )
-        return f"merged: {what}, {self.digest}, {self.out}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report without the receipt, which is a file of its own."""
-        data = {name: getattr(self, name) for name in self.__slots__ if name != "receipt"}
-        return {"schema_version": "1.0", "operation": "merge", **data, "notes": list(self.notes)}
 
 
 def merge(
@@ -135,14 +75,15 @@ def merge(
         check_destination(out, inputs=inputs, replace=options.replace)
     elif not options.dry_run:
         raise ValueError("out may be None only in a dry run")
-    opened = [_open_mergeable(path, options) for path in adapters]
+    opened = [open_mergeable(path, options) for path in adapters]
     options, wanted = replayed(options, adapters, opened)
     scales = options.scale_of_each(len(adapters))
     checkpoint = open_checkpoint(base)
-    parts = _fit_all(opened, adapters, scales, checkpoint)
+    parts = fit_all(opened, adapters, scales, checkpoint)
     check_records(parts, checkpoint, options)
     algorithm = recorded_algorithm(opened)
-    device = _device(options.device)
+    device = device_of(options.device)
+    signer = None if options.sign is None else Signer(options.sign)
 
     from adapterhub_tools.engine.run import buffer_bytes, default_threads
 
@@ -150,14 +91,23 @@ def merge(
     threads = 1 if checkpoint.is_remote else options.threads or default_threads()
     planned = plan_merge(checkpoint, parts, options, lambda steps: buffer_bytes(steps, threads))
     side = side_outputs(checkpoint, planned, parts, options)
-    notes = _notes(parts, planned, side)
+    notes = merge_notes(parts, planned, side)
     digests = [checked_digest(part) for part in parts]
     undo = plan_undo(checkpoint, planned, side, parts, options)
     if out is not None:
         kept = 0 if undo is None else undo.nbytes
         check_space(out.absolute().parent, planned.plan.written_bytes + side.nbytes + kept)
+    loss = measured_loss(
+        planned,
+        options,
+        remote=checkpoint.is_remote,
+        quantised=False,
+        threads=threads,
+        device=device,
+        progress=progress or SilentProgress(),
+    )
     if options.dry_run or out is None:
-        return _report(out, planned, parts, notes, receipt=None, resolved=0)
+        return report_of(out, planned, parts, notes, receipt=None, resolved=0, loss=loss)
     with (
         stage(
             out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
@@ -180,73 +130,13 @@ def merge(
             progress,
         )
         compare_replay(receipt, wanted)
-        staged.commit((RECEIPT_FILE, canonical_json(receipt.to_json()).encode("utf-8")))
+        last = (RECEIPT_FILE, canonical_json(receipt.to_json()).encode("utf-8"))
+        commit_signed(staged, last, signer, out.absolute().name)
     left = tuple(f"could not be removed: {name}" for name in staged.left)
-    return _report(out, planned, parts, notes + left, receipt=receipt, resolved=resolved, same=kept_values)
-
-
-def _open_mergeable(path: Path, options: MergeOptions) -> OpenedAdapter:
-    opened = examine_adapter(path)
-    if opened.files.pickles and opened.files.header is None:
-        raise UnsupportedError.of(
-            "pickle",
-            "its weights are a pickle, which can run code when it is read.",
-            file=opened.files.pickles[0],
-            remedy="Load it with PEFT in a place you trust and save it again; that writes safetensors.",
-        )
-    if opened.adapter.blockers:
-        raise UnsupportedError(
-            *(
-                Problem(kind=kind, file=str(path), message=message, remedy=remedy)
-                for kind, message, remedy in opened.adapter.blockers
-            )
-        )
-    problems = opened.problems
-    if options.accept_embeddings:
-        problems = tuple(problem for problem in problems if problem.kind != "saved-embedding")
-    raise_for(problems, FormatError)
-    methods = {module.method for module in opened.adapter.modules} - set(registry.names("methods"))
-    if methods:
-        raise UnsupportedError.of(
-            "method",
-            f"adapters of type {', '.join(sorted(methods))} cannot be merged by this version.",
-            file=str(path),
-            remedy="Merge it with PEFT's merge_and_unload, or use a later version of adaptertool.",
-        )
-    if not opened.adapter.modules and not opened.adapter.full:
-        raise UnsupportedError.of(
-            "empty",
-            "the adapter changes no weight.",
-            file=str(path),
-            remedy="Save it again; the file holds no tensors that belong to a module.",
-        )
-    return opened
-
-
-def _fit_all(
-    opened: Sequence[OpenedAdapter], paths: Sequence[Path], scales: Sequence[float], checkpoint: Checkpoint
-) -> list[Part]:
-    parts = []
-    for item, path, scale in zip(opened, paths, scales, strict=True):
-        fitted = fit(item.adapter, checkpoint)
-        fitted.raise_for_problems()
-        parts.append(Part(opened=item, fit=fitted, scale=scale, label=path.name or str(path)))
-    return parts
-
-
-def _device(asked: str) -> str:
-    if asked != "cuda":
-        return "cpu"
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UnsupportedError.of(
-            "device",
-            "there is no CUDA device here.",
-            loc="--device",
-            remedy="Use --device cpu; the bytes are the same.",
-        )
-    return "cuda"
+    notes += left
+    return report_of(
+        out, planned, parts, notes, receipt=receipt, resolved=resolved, same=kept_values, loss=loss
+    )
 
 
 def _write(
@@ -335,62 +225,6 @@ def _write(
     )
     same = frozenset(name for name, digest in result.outputs.items() if result.base.get(name) == digest)
     return receipt, result.resolved, same
-
-
-def _notes(parts: Sequence[Part], planned: MergePlan, side: SideOutputs) -> tuple[str, ...]:
-    notes = []
-    for part in parts:
-        prefix = f"{part.label}: " if len(parts) > 1 else ""
-        notes += [f"{prefix}{note}" for note in (*part.opened.adapter.notes, *part.fit.notes)]
-        notes += [f"{prefix}{problem}" for problem in part.opened.problems if problem.severity != "error"]
-        made = checked_random_digest(part.fit, part.opened.manifest, part.label)
-        if made is not None:
-            notes.append(f"{prefix}random tensors made again from the seed: {made}")
-        if part.scale != 1.0 and part.fit.full:
-            notes.append(
-                f"{prefix}the scale {part.scale:g} does not apply to the {len(part.fit.full)} full tensors"
-            )
-    if planned.ties.note:
-        notes.append(planned.ties.note)
-    if planned.rows is not None:
-        notes.append(f"the vocabulary has {planned.rows} rows now, and the config says so")
-    notes += [f"added, the base has no such tensor: {name}" for name in planned.added]
-    return tuple(dict.fromkeys((*notes, *side.notes)))
-
-
-def _report(
-    out: Path | None,
-    planned: MergePlan,
-    parts: Sequence[Part],
-    notes: tuple[str, ...],
-    *,
-    receipt: Receipt | None,
-    resolved: int,
-    same: frozenset[str] = frozenset(),
-) -> MergeReport:
-    names = {step.output.name for step in planned.plan.steps if step.action in ("merge", "replace")} - same
-    # A head that stays tied to the embedding and is not stored is changed there.
-    expected = {
-        name if planned.ties.untied else part.fit.stored(name)
-        for part in parts
-        for name in part.fit.changed_names
-    }
-    return MergeReport(
-        out=None if out is None else str(out),
-        dry_run=receipt is None,
-        changed=len(names & expected),
-        expected=len(expected),
-        modules=sum(len(part.fit.modules) for part in parts),
-        tensors=len(planned.plan.steps),
-        nbytes=planned.plan.written_bytes,
-        peak_bytes=planned.plan.peak_bytes,
-        digest=None if receipt is None else receipt.digest,
-        base_digest=None if receipt is None else receipt.base.digest,
-        resolved=resolved,
-        notes=notes,
-        receipt=receipt,
-        undo_bytes=None if receipt is None or receipt.undo is None else receipt.undo.size,
-    )
 
 
 def _sha256(data: bytes) -> str:

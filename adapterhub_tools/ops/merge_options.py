@@ -9,6 +9,7 @@ from pathlib import Path
 from adapterhub_tools.model.tensor import DTYPE_NAMES
 
 CHECKS = ("full", "targets", "off")
+LOSS_KINDS = ("sampled", "full", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,11 @@ class MergeOptions:
         adapter_tokenizer: True to write the adapter's tokenizer and chat template instead of the base's.
         undo: True to write beside the weights what brings the base back, bit for bit.
         replay: the receipt of the merge to repeat: it decides scales and dtype, and the result must be its.
+        sign: a private key that signs the output; see store/signature.py.
+        loss: how much of the change the output holds is measured first: ``"sampled"`` on some rows of each
+            tensor, ``"full"`` on all, ``"off"`` not at all; None takes a sample in a dry run of a local base
+            and for a quantised output.
+        allow_loss: True to write a quantised output that holds less than half of the change.
         approximates: for an approximate unmerge, the digest of the merged model, for the receipt.
     """
 
@@ -45,6 +51,9 @@ class MergeOptions:
     adapter_tokenizer: bool = False
     undo: bool = False
     replay: Path | None = None
+    sign: Path | None = None
+    loss: str | None = None
+    allow_loss: bool = False
     approximates: str | None = None
 
     def scale_of_each(self, adapters: int) -> tuple[float, ...]:
@@ -75,6 +84,8 @@ class MergeOptions:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, not {self.dtype!r}")
         if self.check_base not in CHECKS:
             raise ValueError(f"check_base must be one of {', '.join(CHECKS)}, not {self.check_base!r}")
+        if self.loss is not None and self.loss not in LOSS_KINDS:
+            raise ValueError(f"loss must be one of {', '.join(LOSS_KINDS)}, not {self.loss!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device must be auto, cpu or cuda, not {self.device!r}")
         if self.threads is not None and self.threads < 1:

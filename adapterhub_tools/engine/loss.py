@@ -1,0 +1,179 @@
+"""Measures before a merge how much of its change the output will hold, see model/loss.py.
+
+The weights are read, merged and rounded as the merge does it, and compared with the unrounded ones in
+float64; nothing is written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapterhub_tools.engine.buffers import matrix_shape, memory_of, torch_dtype
+from adapterhub_tools.engine.formula import formula
+from adapterhub_tools.engine.tensor_job import non_finite_error
+from adapterhub_tools.engine.workers import in_order
+from adapterhub_tools.linalg.formats import FORMATS
+from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS, BlockRounder
+from adapterhub_tools.model.loss import Loss, LossReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterhub_tools.model.plan import Plan, Step
+    from adapterhub_tools.model.protocols import OpenSource, Progress
+
+SAMPLE_VALUES = 1 << 18
+"""Values of each tensor that a sample holds, about."""
+_PIECES = 16
+_ALIGNED_ROWS = 64
+"""A sample begins at a multiple of so many rows, which is the start of a block of any quantised format."""
+
+
+def measure_loss(
+    plan: Plan,
+    sources: Mapping[str, Callable[[], OpenSource]],
+    *,
+    sampled: bool,
+    threads: int,
+    device: str,
+    progress: Progress,
+) -> LossReport:
+    """Compares what a plan would write with the unrounded values, for every tensor that is computed.
+
+    Args:
+        plan: what would be done.
+        sources: uri -> how to open it.
+        sampled: True for about SAMPLE_VALUES of each tensor, in evenly spaced rows; False for all.
+        threads: the number of workers.
+        device: where products are evaluated.
+        progress: told the bytes read.
+
+    Raises:
+        FormatError: NaN or infinity in an input.
+        LossyError: a result overflows the output's dtype.
+        StoreError: an input cannot be read or has changed.
+    """
+    steps = [step for step in plan.steps if step.action == "merge" and step.terms]
+    opened: dict[str, OpenSource] = {}
+    lock = threading.Lock()
+    with ExitStack() as stack:
+
+        def open_source(uri: str) -> OpenSource:
+            with lock:
+                if uri not in opened:
+                    opened[uri] = sources[uri]()
+                    stack.callback(opened[uri].close)
+                return opened[uri]
+
+        progress.start("measuring", sum(_sample_bytes(step, sampled) for step in steps))
+        found = in_order(
+            lambda step: _of_step(step, open_source, sampled, device, progress.advance), steps, threads
+        )
+        tensors = {step.output.name: loss for step, loss in zip(steps, found, strict=True)}
+        for source in opened.values():
+            source.check_unchanged()
+        progress.finish()
+    return LossReport(sampled=sampled and any(map(_is_partial, steps)), tensors=tensors)
+
+
+def _of_step(
+    step: Step,
+    open_source: Callable[[str], OpenSource],
+    sampled: bool,
+    device: str,
+    advance: Callable[[int], None],
+) -> Loss:
+    expression = formula(step, open_source)
+    source = open_source(step.start.uri)
+    _, columns = matrix_shape(step.start.spec.shape)
+    start_dtype, out_dtype = torch_dtype(step.start.spec.dtype), torch_dtype(step.output.dtype)
+    rounder = BlockRounder(
+        expression,
+        columns=columns,
+        start=FORMATS[step.start.spec.dtype],
+        to=FORMATS[step.output.dtype],
+        device=device,
+    )
+    total = Loss()
+    for first, count in _pieces(step, sampled):
+        raw = torch.empty(count * columns * start_dtype.itemsize, dtype=torch.uint8)
+        if raw.numel():
+            source.read_into(memory_of(raw), step.start.offset + first * columns * start_dtype.itemsize)
+        advance(raw.numel())
+        start = raw.view(start_dtype).view(count, columns)
+        out = torch.empty(count, columns, dtype=out_dtype)
+        wrong = rounder.round_rows(start, out, first)
+        if wrong is not None:
+            raise non_finite_error(step, source.name, wrong)
+        old = start.double()
+        new = old.to(device, copy=True)
+        expression.evaluate(new, first)
+        keep = _computed_rows(step, first, count)
+        total += _compare(old[keep], new.cpu()[keep], out.double()[keep])
+    return total
+
+
+def _compare(old: Tensor, new: Tensor, written: Tensor) -> Loss:
+    """Returns the loss of some rows, all in float64: W, W' and W'_q."""
+    delta = (new - old).reshape(-1)
+    error = (written - new).reshape(-1)
+    size = float(delta @ delta)
+    return Loss(
+        values=delta.numel(),
+        delta=size,
+        kept=size + float(delta @ error),
+        error=float(error @ error),
+        merged=float((new * new).sum()),
+    )
+
+
+def _computed_rows(step: Step, first: int, count: int) -> Tensor:
+    """Returns which rows of a piece are computed: those that are replaced afterwards do not count."""
+    keep = torch.ones(count, dtype=torch.bool)
+    for row in () if step.patch is None else step.patch.rows:
+        if first <= row < first + count:
+            keep[row - first] = False
+    return keep
+
+
+def _pieces(step: Step, sampled: bool) -> Iterator[tuple[int, int]]:
+    """Yields (first row, rows) of what is compared."""
+    rows, columns = matrix_shape(step.start.spec.shape)
+    size = max(1, BLOCK_ELEMENTS // max(1, columns))
+    if not sampled or not _is_partial(step):
+        for first in range(0, rows, size):
+            yield first, min(size, rows - first)
+        return
+    count, every = _spacing(rows, columns)
+    for begin in range(0, rows, every):
+        end = min(begin + count, rows)
+        for first in range(begin, end, size):
+            yield first, min(size, end - first)
+
+
+def _spacing(rows: int, columns: int) -> tuple[int, int]:
+    """Returns how many rows a sample takes, and the distance from one to the next."""
+    wanted = max(1, SAMPLE_VALUES // max(1, columns))
+    count = max(1, wanted // _PIECES)
+    every = rows * count // wanted
+    return count, max(_ALIGNED_ROWS, every - every % _ALIGNED_ROWS)
+
+
+def _is_partial(step: Step) -> bool:
+    """Says whether a sample of a tensor is less than the tensor."""
+    rows, columns = matrix_shape(step.start.spec.shape)
+    if rows * columns <= 2 * SAMPLE_VALUES:
+        return False
+    count, every = _spacing(rows, columns)
+    return count < every
+
+
+def _sample_bytes(step: Step, sampled: bool) -> int:
+    spec = step.start.spec
+    width = spec.nbytes // max(1, spec.elements)
+    return sum(count for _, count in _pieces(step, sampled)) * matrix_shape(spec.shape)[1] * width
