@@ -119,7 +119,7 @@ class Difference:
             yield first, self._tuned.read(first, count).sub_(self._base.read(first, count))
 
 
-def held(source: Effect | Difference, threads: int) -> RowBlocks:
+def held(source: RowBlocks, threads: int) -> RowBlocks:
     """Returns the same rows in the same blocks, in memory where a thread's share of HELD_BYTES holds them."""
     rows, columns = source.shape
     if rows * columns * 8 > HELD_BYTES // threads:
