@@ -235,6 +235,7 @@ def merge(
     replay: Reference | None = None,
     loss: str | None = None,
     allow_loss: bool = False,
+    sign: Reference | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges adapters into a base: each weight is the correctly rounded value of the exact formula.
@@ -260,6 +261,7 @@ def merge(
         loss: whether to measure first how much of the change the output holds: ``"sampled"``, ``"full"`` or
             ``"off"``; None takes a sample in a dry run of a local base, and for a quantised output.
         allow_loss: whether a quantised output may hold less than half of the change.
+        sign: a private key, the PEM file of an elliptic curve, that signs the output (extra ``[sign]``).
         progress: told how far it is.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Merges taken back and merges checked."""
+"""Merges taken back, merges checked, and folders signed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from adapterhub_tools.api.paths import Reference, local_path, optional_path
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
+    from adapterhub_tools.ops.sign import SignReport
     from adapterhub_tools.ops.unmerge_report import UnmergeReport
     from adapterhub_tools.ops.verify_report import VerifyReport
 
@@ -76,9 +77,10 @@ def verify(
     scale: float | Sequence[float] = (),
     seed: int | None = None,
     threads: int | None = None,
+    pubkey: Reference | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Checks a merged model, by this tool or another, against its base and adapters or its receipt.
+    """Checks a merged model, by this tool or another, against its base and adapters, receipt or signature.
 
     Args:
         merged: the merged model's folder.
@@ -90,6 +92,8 @@ def verify(
         scale: what each delta was multiplied with; the receipt's, or 1, if not given.
         seed: of the rows and probes; fresh ones if not given.
         threads: the number of workers; None chooses.
+        pubkey: the public key of whoever signed the folder; alone, or beside the other checks. Any signed
+            folder can be checked, an adapter's too (extra ``[sign]``).
         progress: told how far it is.
 
     Returns:
@@ -98,20 +102,27 @@ def verify(
     Raises:
         FormatError: the base or an adapter is broken.
         MismatchError: an adapter does not fit the base.
-        ValueError: neither a receipt nor base and adapter to compare with; a scale that is not finite, or
-            another number of them than one or one for each adapter.
+        UnsupportedError: the extra is not installed.
+        ValueError: neither a receipt, a key, nor base and adapter to compare with; a scale that is not
+            finite, or another number of them than one or one for each adapter.
         StoreError: a file cannot be read.
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import verify as op
     from adapterhub_tools.ops.verify_receipt import verify_receipt
     from adapterhub_tools.ops.verify_report import VerifyOptions
+    from adapterhub_tools.ops.verify_signature import verify_signature, with_signature
 
+    folder = local_path(merged)
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
+    signature = None if pubkey is None else verify_signature(folder, local_path(pubkey))
+    if signature is not None and not receipt and base is None and not adapters:
+        return signature
     if receipt:
-        return verify_receipt(local_path(merged), threads=threads, progress=progress)
+        report = verify_receipt(folder, threads=threads, progress=progress)
+        return with_signature(report, signature)
     if base is None or not adapters:
-        raise ValueError("give base and adapter, or receipt=True")
+        raise ValueError("give base and adapter, receipt=True, or pubkey")
     options = VerifyOptions(
         sample=sample,
         device=device,
@@ -120,4 +131,26 @@ def verify(
         seed=seed,
     )
     with resolve.adapter_folders(adapters) as folders:
-        return op.verify(local_path(base), folders, local_path(merged), options, progress)
+        report = op.verify(local_path(base), folders, folder, options, progress)
+    return with_signature(report, signature)
+
+
+def sign(folder: Reference, *, key: Reference, replace: bool = False) -> SignReport:
+    """Signs every file of a folder: a merged model, an adapter, or whatever else is to travel.
+
+    The signature is one by the OpenSSF library model-signing (extra ``[sign]``), made offline; ``README.md``
+    and what belongs to git are not covered.
+
+    Args:
+        folder: the folder; the signature is written into it.
+        key: a private key, the PEM file of an elliptic curve.
+        replace: whether an existing signature may be replaced.
+
+    Raises:
+        UnsupportedError: the extra is not installed; it is no folder; the key lies in it.
+        FormatError: it is no such key; there is a symbolic link in the folder.
+        StoreError: it is signed already; a file cannot be read or written.
+    """
+    from adapterhub_tools.ops import sign as op
+
+    return op.sign(local_path(folder), local_path(key), replace=replace)

@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base, exactly.",
     "verify": "Check a merged model, and say why it is wrong.",
     "unmerge": "Bring the base of a merge back, bit for bit.",
+    "sign": "Sign a folder: a merged model or an adapter.",
     "svd-shrink": "Lower the ranks of an adapter.",
     "convert": "Write an adapter as another method.",
     "extract": "Make an adapter of what a tuned model changed.",

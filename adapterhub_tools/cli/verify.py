@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from adapterhub_tools import api
@@ -41,6 +43,12 @@ from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the rows and probes; fresh ones if not given.")
 @click.option("--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given.")
+@click.option(
+    "--pubkey",
+    metavar="KEY",
+    type=click.Path(path_type=Path, readable=False),
+    help="Check the signature in MERGED with this public key; alone, or beside the rest (extra [sign]).",
+)
 @standard_options
 @click.pass_context
 def command(
@@ -52,23 +60,30 @@ def command(
     scale: tuple[float, ...],
     seed: int | None,
     threads: int | None,
+    pubkey: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
     """Check that MERGED is what BASE and each ADAPTER make, or with --receipt that it is unchanged.
 
+    With --pubkey, check also, or only, that a signature by that key covers exactly the files in MERGED, which
+    may then be any signed folder.
+
     Works on merges of this tool and of others, and says for each tensor whether it is correctly rounded, or
     why it is wrong. Exit code 0: all is right; 1: something is wrong; 10: could not be checked.
     """
-    if receipt != (len(models) == 1) or len(models) == 2:
-        raise click.UsageError("give BASE, ADAPTER and MERGED; or MERGED alone with --receipt.", context)
-    check_scales(scale, len(models) - 2 if not receipt else len(scale))
+    alone = len(models) == 1
+    if (receipt and not alone) or (alone and not receipt and pubkey is None) or len(models) == 2:
+        raise click.UsageError(
+            "give BASE, ADAPTER and MERGED; or MERGED alone with --receipt or --pubkey.", context
+        )
+    check_scales(scale, len(scale) if alone else len(models) - 2)
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     try:
         report = api.verify(
             merged=models[-1],
-            base=None if receipt else models[0],
+            base=None if alone else models[0],
             adapter=models[1:-1],
             receipt=receipt,
             sample=sample,
@@ -76,6 +91,7 @@ def command(
             scale=scale,
             seed=seed,
             threads=threads,
+            pubkey=pubkey,
             progress=progress_for(output),
         )
     except AdapterError as error:

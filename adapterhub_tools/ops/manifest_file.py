@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from adapterhub_tools.model.manifest import MANIFEST_NAME, FileRecord, Manifest,
 from adapterhub_tools.store.digest import file_sha256
 from adapterhub_tools.store.files import is_folder, resolve_inside, store_error
 from adapterhub_tools.store.strict_json import read_json
+from adapterhub_tools.store.whole_file import put_whole
 
 
 def manifest_path(path: Path) -> Path:
@@ -45,27 +45,12 @@ def write_manifest(root: Path, manifest: Manifest, *, replace: bool) -> Path:
     Raises:
         StoreError: there is one already, or it cannot be written.
     """
-    final = root / MANIFEST_NAME
-    temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{MANIFEST_NAME}.", dir=root)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(manifest.to_bytes())
-            stream.flush()
-            os.fchmod(stream.fileno(), 0o666 & ~_umask())
-            os.fsync(stream.fileno())
-        if replace or not _link(temporary, final):
-            temporary.replace(final)
-        _sync_folder(root)
+        return put_whole(root, MANIFEST_NAME, manifest.to_bytes(), replace=replace)
     except FileExistsError as error:
         raise exists_error() from error
     except OSError as error:
-        raise store_error(error, "write the manifest", final) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    return final
+        raise store_error(error, "write the manifest", root / MANIFEST_NAME) from error
 
 
 def exists_error() -> StoreError:
@@ -148,30 +133,3 @@ def _record(root: Path, path: str) -> FileRecord:
     real = resolve_inside(root, path)
     digest = file_sha256(real)
     return FileRecord(path=path, size=real.stat().st_size, sha256=digest)
-
-
-def _link(temporary: Path, final: Path) -> bool:
-    """Gives the file its name, which fails where the name exists; False where no links are possible."""
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        raise
-    except OSError:
-        if final.exists():
-            raise FileExistsError(final) from None
-        return False
-    return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(root: Path) -> None:
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

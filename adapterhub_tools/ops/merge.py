@@ -30,13 +30,14 @@ from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.merge_replay import compare_replay, replayed
 from adapterhub_tools.ops.merge_report import MergeReport, merge_notes, report_of
 from adapterhub_tools.ops.module_kinds import guarantee_of
-from adapterhub_tools.ops.sign import Signer, commit_signed
+from adapterhub_tools.ops.sign import commit_signed
 from adapterhub_tools.ops.undo_plan import plan_undo
 from adapterhub_tools.ops.undo_record import UndoRecording, recording
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.digest import root_digest
 from adapterhub_tools.store.directory import StagedDirectory, stage
+from adapterhub_tools.store.signature import Signer
 
 
 def merge(
@@ -135,7 +136,15 @@ def merge(
     left = tuple(f"could not be removed: {name}" for name in staged.left)
     notes += left
     return report_of(
-        out, planned, parts, notes, receipt=receipt, resolved=resolved, same=kept_values, loss=loss
+        out,
+        planned,
+        parts,
+        notes,
+        receipt=receipt,
+        resolved=resolved,
+        same=kept_values,
+        loss=loss,
+        signed=signer is not None,
     )
 
 

@@ -105,6 +105,7 @@ def report_of(
     resolved: int,
     same: frozenset[str] = frozenset(),
     loss: LossReport | None = None,
+    signed: bool = False,
 ) -> MergeReport:
     """Returns the report of a merge.
 
@@ -117,6 +118,7 @@ def report_of(
         resolved: how many values were decided by exact arithmetic.
         same: the tensors whose digest is the base's.
         loss: how much of the change the output holds, if that was measured.
+        signed: whether the folder is signed.
     """
     names = {step.output.name for step in planned.plan.steps if step.action in ("merge", "replace")} - same
     # A head that stays tied to the embedding and is not stored is changed there.
@@ -141,4 +143,5 @@ def report_of(
         receipt=receipt,
         undo_bytes=None if receipt is None or receipt.undo is None else receipt.undo.size,
         loss=loss,
+        signed=signed,
     )

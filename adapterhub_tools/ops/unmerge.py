@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools.errors import FormatError, IntegrityError, MismatchError, UnsupportedError
+from adapterhub_tools.errors import FormatError, IntegrityError, MismatchError
 from adapterhub_tools.model.plan import ByteRange, OutputFile, Term
 from adapterhub_tools.model.protocols import OpenSource, Progress, SilentProgress
 from adapterhub_tools.model.receipt import Receipt
 from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, UNDO_FILE, ZERO, UndoTerm
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
+from adapterhub_tools.ops.device import device_of
 from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.undo_file import OpenedUndo, open_undo
 from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
@@ -333,26 +334,6 @@ def _unpack_file(staged: StagedDirectory, undo: OpenedUndo, name: str, blob: str
     finally:
         os.close(descriptor)
     staged.mark_synced(name)
-
-
-def device_of(asked: str) -> str:
-    """Returns where to compute.
-
-    Raises:
-        UnsupportedError: CUDA is asked for and there is none.
-    """
-    if asked != "cuda":
-        return "cpu"
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UnsupportedError.of(
-            "device",
-            "there is no CUDA device here.",
-            loc="--device",
-            remedy="Use --device cpu; the bytes are the same.",
-        )
-    return "cuda"
 
 
 def _contradiction(what: str) -> FormatError:

@@ -86,6 +86,7 @@ class VerifyReport:
     notes: tuple[str, ...] = ()
     unchecked: tuple[Problem, ...] = ()
     seed: int | None = None
+    signed_files: tuple[str, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -118,11 +119,15 @@ class VerifyReport:
         found = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items())
         if self.unchecked:
             return f"could not be checked: {self.unchecked[0].message}"
+        state = "verified" if self.ok else f"wrong: {len(self.errors)} problems"
+        signed = "" if self.signed_files is None else f"signature over {len(self.signed_files)} files"
+        if self.mode == "signature":
+            return f"{state}: {signed}"
         how = {"receipt": "by digest", "rows": "on sampled rows and probes", "full": "on every row"}[
             self.mode
         ]
-        state = "verified" if self.ok else f"wrong: {len(self.errors)} problems"
-        return f"{state}: {len(self.tensors)} tensors {how} on {self.device}: {found or 'none'}"
+        signed = f"; {signed}" if signed else ""
+        return f"{state}: {len(self.tensors)} tensors {how} on {self.device}: {found or 'none'}{signed}"
 
     def to_json(self) -> dict[str, Any]:
         """Returns every field."""
@@ -134,6 +139,7 @@ class VerifyReport:
             "mode": self.mode,
             "device": self.device,
             "seed": self.seed,
+            "signed_files": None if self.signed_files is None else list(self.signed_files),
             "counts": self.counts,
             "tensors": [tensor.to_json() for tensor in self.tensors],
             "problems": [problem.to_json() for problem in self.problems],

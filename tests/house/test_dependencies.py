@@ -31,14 +31,16 @@ def imported() -> dict[str, str]:
 
 
 # Modules of extras that the package imports where they are asked for, with the extra.
-OPTIONAL = {"matplotlib": "plot"}
+OPTIONAL = {"cryptography": "sign", "matplotlib": "plot", "model_signing": "sign"}
 
 
 def optional() -> set[str]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     return {
-        name for name, extra in OPTIONAL.items() if any(entry.startswith(name) for entry in extras[extra])
+        name
+        for name, extra in OPTIONAL.items()
+        if any(entry.startswith(name.replace("_", "-")) for entry in extras[extra])
     }
 
 
