@@ -8,7 +8,7 @@ from pathlib import Path
 from adapterhub_tools.errors import UnsupportedError
 from adapterhub_tools.ops.verify_report import VerifyReport
 from adapterhub_tools.store.files import is_folder
-from adapterhub_tools.store.signature import NOT_COVERED, check_signature
+from adapterhub_tools.store.signature import NOT_COVERED, check_signature, signature_name
 
 
 def verify_signature(folder: Path, public_key: Path) -> VerifyReport:
@@ -28,7 +28,8 @@ def verify_signature(folder: Path, public_key: Path) -> VerifyReport:
             "not-a-folder", "a signature is that of a folder.", file=str(folder), remedy="Give its folder."
         )
     covered, problems = check_signature(folder, public_key)
-    here = ", ".join(name for name in NOT_COVERED if (folder / name).exists())
+    signature = signature_name(folder)
+    here = ", ".join(name for name in NOT_COVERED if name != signature and (folder / name).exists())
     return VerifyReport(
         path=str(folder),
         mode="signature",

@@ -133,22 +133,21 @@ def check_signature(folder: Path, public_key: Path) -> tuple[tuple[str, ...], tu
     try:
         # Of signatures without a key hint the library warns on standard output, which is not ours to fill.
         with contextlib.redirect_stdout(io.StringIO()):
-            config.verify(folder, place)
-        covered = _listed(bundle)
+            config.set_hashing_config(_hashing_of(bundle)).verify(folder, place)
+        return tuple(sorted(_listed(bundle))), ()
     except InvalidSignature:
         return (), (_problem(name, "bad-signature", "it was changed, or is not by this key."),)
     except ValueError as error:
+        if str(error).startswith("Signature mismatch"):
+            return (), _changed_files(folder, name, bundle, [file for file, _ in files]) or (
+                _problem(name, "signed-files", f"the files are not those that were signed: {error}."),
+            )
         return (), (_refused(name, str(error)),)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         broken = f"it is not a signature by the library model-signing ({type(error).__name__})."
         return (), (_problem(name, "signature-format", broken),)
     except OSError as error:
         raise store_error(error, "read it", error.filename or folder) from error
-    left = [file for file, _ in files if file not in covered]
-    return tuple(sorted(covered)), tuple(
-        Problem(kind="not-covered", message="the signature does not cover it.", file=file, remedy=_SIGN_AGAIN)
-        for file in left
-    )
 
 
 def covered_files(folder: Path) -> tuple[str, ...]:
@@ -229,15 +228,66 @@ def _named_hashing(name: str) -> hashing.Config:
     return config
 
 
-def _listed(bundle: dict[str, Any]) -> set[str]:
-    """Returns the names of the files in a signature that was found right."""
+def _hashing_of(bundle: dict[str, Any]) -> hashing.Config:
+    """Returns what hashes a folder as a signature says, but leaves out no more than NOT_COVERED.
+
+    A signature may name further files that it leaves out; here they count as files that were not signed.
+    """
+    from model_signing import hashing
+
+    class Strict(hashing.Config):
+        def add_ignored_paths(self, *, model_path: Any, paths: Any) -> None:
+            pass
+
+    config: hashing.Config = Strict()  # type: ignore[no-untyped-call]
+    kind = _payload(bundle).get("predicate", {}).get("serialization", {})
+    if kind.get("method") == "shards":
+        # The library writes the size as 1000.0, which its own reader then cannot use.
+        size = int(kind["shard_size"])
+        config.use_shard_serialization(hashing_algorithm=kind["hash_type"], shard_size=size)
+    else:
+        config.use_file_serialization(hashing_algorithm=kind.get("hash_type", "sha256"))
+    tops = {name.split("/")[0] for name in _listed(bundle)}
+    left = [name for name in NOT_COVERED if name not in tops]
+    return config.set_ignored_paths(paths=left, ignore_git_paths=False)
+
+
+def _payload(bundle: dict[str, Any]) -> dict[str, Any]:
     import base64
 
     payload = parse_json(base64.b64decode(bundle["dsseEnvelope"]["payload"]), file=SIGNATURE_FILE)
+    if not isinstance(payload, dict):
+        raise TypeError("the payload is no object")
+    return payload
+
+
+def _listed(bundle: dict[str, Any]) -> dict[str, str]:
+    """Returns the files that a signature names, with their digests; of one over pieces, with the last."""
+    payload = _payload(bundle)
     predicate = payload.get("predicate", {})
     sharded = predicate.get("serialization", {}).get("method") == "shards"
-    names = [item["name"] for item in predicate.get("resources", payload["subject"])]
-    return {name.rsplit(":", 2)[0] if sharded else name for name in names}
+    return {
+        item["name"].rsplit(":", 2)[0] if sharded else item["name"]: str(item["digest"])
+        for item in predicate.get("resources", payload["subject"])
+    }
+
+
+def _changed_files(folder: Path, name: str, bundle: dict[str, Any], files: list[str]) -> tuple[Problem, ...]:
+    """Returns what differs from a signature that is the key's own; nothing where it is not by SHA-256."""
+    from adapterhub_tools.store.digest import file_sha256
+
+    listed, problems = _listed(bundle), []
+    for file in sorted({*listed, *files}):
+        if file not in files:
+            problems.append(("missing-file", "it was signed, but is missing.", file))
+        elif file not in listed:
+            problems.append(("not-covered", "it is not among the files that were signed.", file))
+        elif len(listed[file]) == 64 and (found := file_sha256(folder / file)) != listed[file]:
+            message = f"its SHA-256 is {found}, but {name} is over {listed[file]}."
+            problems.append(("signed-files", message, file))
+    return tuple(
+        Problem(kind=kind, message=message, file=file, remedy=_SIGN_AGAIN) for kind, message, file in problems
+    )
 
 
 @contextlib.contextmanager
@@ -250,7 +300,7 @@ def _key_errors(path: Path, which: str) -> Iterator[None]:
         raise store_error(error, "read the key", path) from error
     except (AttributeError, TypeError, ValueError, UnsupportedAlgorithm) as error:
         # An encrypted key is a TypeError; one of another kind has no curve.
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].rstrip(".?") if str(error) else type(error).__name__
         raise FormatError.of(
             "key",
             f"expected the PEM file of a {which} elliptic-curve key (P-256, P-384 or P-521) without a "
@@ -268,8 +318,6 @@ def _refused(name: str, reason: str) -> Problem:
             "Give the public key of whoever signed it; if that is the one given, do not trust the folder."
         )
         return _problem(name, "other-key", "it was made by another key than the one given.", remedy)
-    if reason.startswith("Signature mismatch"):
-        return _problem(name, "signed-files", f"the files are not those that were signed. {reason}.")
     first = reason.splitlines()[0].rstrip(".") if reason else "no reason given"
     return _problem(name, "signature-format", f"it cannot be read: {first}.")
 
