@@ -1,0 +1,195 @@
+"""Deltas in panels: blocks of rows on a fixed grid, so that a value is computed in one way only.
+
+The last bits of a matrix product depend on how many rows are multiplied at a time. What is compared with a
+threshold, or averaged where signs agree, must not: so every user of a delta takes it in the same panels,
+whose height is decided by the number of columns alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from adapterhub_tools.linalg.delta_sum import DeltaSum
+from adapterhub_tools.linalg.low_rank import LowRankTerm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterhub_tools.linalg.expression import DeltaTerm, Expression
+
+PANEL_ELEMENTS = 1 << 18
+"""Values of a panel: 2 MiB in float64."""
+
+_WHOLE_ROWS = 256
+"""Rows computed for a sample where single values cannot be."""
+
+
+def rows_of_panel(columns: int) -> int:
+    """Returns the number of rows of a panel of a matrix with so many columns."""
+    return max(1, PANEL_ELEMENTS // max(1, columns))
+
+
+def panel_range(number: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Returns (first row, one past the last) of a panel."""
+    height = rows_of_panel(shape[1])
+    return number * height, min(shape[0], (number + 1) * height)
+
+
+def panels_of(shape: tuple[int, int]) -> int:
+    """Returns how many panels a matrix has."""
+    return -(-shape[0] // rows_of_panel(shape[1]))
+
+
+class Panels(Protocol):
+    """A matrix of float64 values that is computed panel by panel, any number of times, in any order."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        ...
+
+    def panel(self, number: int) -> Tensor:
+        """Returns a panel, float64 on the CPU; the caller may overwrite it, and the next call does.
+
+        Args:
+            number: counted from 0, see ``panel_range``.
+        """
+        ...
+
+    def points(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Returns values where rows and columns cross, of all rows or of some spread evenly, as a sample.
+
+        Their last bits may differ from those of the panels.
+
+        Args:
+            rows: int64, ascending.
+            columns: int64, ascending.
+        """
+        ...
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first row, panel) in order; RowBlocks of linalg/randomized_svd.py."""
+        ...
+
+
+class _Blocks:
+    """The blocks of a matrix in panels."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape: tuple[int, int] = shape
+        self._buffers: dict[str, Tensor] = {}
+
+    def panel(self, number: int) -> Tensor:
+        """Returns a panel; see Panels."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first row, panel) in order; see Panels."""
+        for number in range(panels_of(self.shape)):
+            yield panel_range(number, self.shape)[0], self.panel(number)
+
+    def _buffer(self, rows: int, which: str = "panel") -> Tensor:
+        held = self._buffers.get(which)
+        if held is None:
+            held = torch.empty(rows_of_panel(self.shape[1]), self.shape[1], dtype=torch.float64)
+            self._buffers[which] = held
+        return held[:rows]
+
+
+class TermPanels(_Blocks):
+    """A sum of deltas that do not depend on the weight.
+
+    Args:
+        terms: the deltas.
+        shape: (rows, columns) of the weight.
+    """
+
+    def __init__(self, terms: Sequence[DeltaTerm], shape: tuple[int, int]) -> None:
+        """Drops terms that are zero."""
+        super().__init__(shape)
+        self._sum = DeltaSum(terms, shape[0])
+        only = self._sum.terms[0] if len(self._sum.terms) == 1 else None
+        self._product: LowRankTerm | None = None
+        if isinstance(only, LowRankTerm) and (only.row, only.column) == (0, 0):
+            self._product = only if (only.row_end, only.column_end) == shape else None
+
+    @property
+    def is_zero(self) -> bool:
+        """True if every delta is exactly zero."""
+        return self._sum.identity
+
+    def panel(self, number: int) -> Tensor:
+        """Returns a panel; see Panels."""
+        first, last = panel_range(number, self.shape)
+        block = self._buffer(last - first)
+        self._fill(block, first)
+        return block
+
+    def points(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Returns values for a sample; see Panels."""
+        if self._product is not None:
+            left = self._product.left[rows] * float(self._product.scale)
+            return left @ self._product.right[:, columns]
+        return _by_rows(self._fill, rows, columns, self.shape[1])
+
+    def _fill(self, block: Tensor, first: int) -> None:
+        if self._product is not None:
+            left = self._product.left[first : first + block.shape[0]] * float(self._product.scale)
+            torch.mm(left, self._product.right, out=block)
+            return
+        block.zero_()
+        self._sum.evaluate(block, first)
+
+
+class ExpressionPanels(_Blocks):
+    """What a method changes in a weight, f(W) − W.
+
+    Args:
+        expression: x as a function of w.
+        read_rows: (first row, count) -> w in float64, shape (count, columns), in memory of its own.
+        shape: (rows, columns) of the weight.
+        weight: a factor on the change.
+    """
+
+    def __init__(
+        self,
+        expression: Expression,
+        read_rows: Callable[[int, int], Tensor],
+        shape: tuple[int, int],
+        weight: float = 1.0,
+    ) -> None:
+        """Keeps them."""
+        super().__init__(shape)
+        self._expression, self._read, self._weight = expression, read_rows, weight
+
+    def panel(self, number: int) -> Tensor:
+        """Returns a panel; see Panels."""
+        first, last = panel_range(number, self.shape)
+        block = self._buffer(last - first)
+        self._fill(block, first)
+        return block
+
+    def points(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Returns values for a sample; see Panels."""
+        return _by_rows(self._fill, rows, columns, self.shape[1])
+
+    def _fill(self, block: Tensor, first: int) -> None:
+        weight = self._read(first, int(block.shape[0]))
+        block.copy_(weight)
+        self._expression.evaluate(block, first)
+        block.sub_(weight)
+        if self._weight != 1.0:
+            block.mul_(self._weight)
+
+
+def _by_rows(fill: Callable[[Tensor, int], None], rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Computes whole rows, of some of those that are asked for, and keeps some columns of them."""
+    found = []
+    for index in rows[:: -(-len(rows) // _WHOLE_ROWS)].tolist():
+        row = torch.empty(1, width, dtype=torch.float64)
+        fill(row, index)
+        found.append(row[:, columns])
+    return torch.cat(found)
