@@ -7,18 +7,17 @@ float64; nothing is written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
-from adapterhub_tools.engine.buffers import matrix_shape, memory_of, torch_dtype
-from adapterhub_tools.engine.formula import formula
-from adapterhub_tools.engine.tensor_job import non_finite_error
+from adapterhub_tools import registry
+from adapterhub_tools.engine.buffers import matrix_shape, torch_dtype
+from adapterhub_tools.engine.step_rows import StepRows
 from adapterhub_tools.engine.workers import in_order
-from adapterhub_tools.linalg.formats import FORMATS
-from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS, BlockRounder
+from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
 from adapterhub_tools.model.loss import Loss, LossReport
 
 if TYPE_CHECKING:
@@ -88,34 +87,44 @@ def _of_step(
     device: str,
     advance: Callable[[int], None],
 ) -> Loss:
-    expression = formula(step, open_source)
-    source = open_source(step.start.uri)
-    _, columns = matrix_shape(step.start.spec.shape)
-    start_dtype, out_dtype = torch_dtype(step.start.spec.dtype), torch_dtype(step.output.dtype)
-    rounder = BlockRounder(
-        expression,
-        columns=columns,
-        start=FORMATS[step.start.spec.dtype],
-        to=FORMATS[step.output.dtype],
-        device=device,
-    )
+    rows = StepRows(step, open_source, device)
+    pieces = list(_pieces(step, sampled))
+    written = _written(step, rows, pieces)
     total = Loss()
-    for first, count in _pieces(step, sampled):
-        raw = torch.empty(count * columns * start_dtype.itemsize, dtype=torch.uint8)
-        if raw.numel():
-            source.read_into(memory_of(raw), step.start.offset + first * columns * start_dtype.itemsize)
-        advance(raw.numel())
-        start = raw.view(start_dtype).view(count, columns)
-        out = torch.empty(count, columns, dtype=out_dtype)
-        wrong = rounder.round_rows(start, out, first)
-        if wrong is not None:
-            raise non_finite_error(step, source.name, wrong)
-        old = start.double()
-        new = old.to(device, copy=True)
-        expression.evaluate(new, first)
-        keep = _computed_rows(step, first, count)
-        total += _compare(old[keep], new.cpu()[keep], out.double()[keep])
+    for first, count in pieces:
+        start = rows.start(first, count)
+        advance(start.nbytes)
+        out = written(rows.rounded(start, first))
+        keep = rows.computed(first, count)
+        total += _compare(start.double()[keep], rows.exact(start, first)[keep], out.double()[keep])
     return total
+
+
+def _written(step: Step, rows: StepRows, pieces: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    """Returns what turns rounded rows, taken in order, into the values that a reader of the output gets.
+
+    Quantised rows are those of a quantiser that sees these rows alone: of a sample, scales that are quantised
+    as well differ a little.
+    """
+    if step.packed is None:
+        return lambda out: out
+    dtype = torch_dtype(step.output.dtype)
+    shape = (sum(count for _, count in pieces), rows.columns)
+    codec = registry.load("quant", step.packed.scheme.format).IMPLEMENTATION
+    loader = codec.loader(step.packed.scheme, shape, dtype)
+    if loader.needs_pass:
+        for first, count in pieces:
+            loader.observe(rows.rounded(rows.start(first, count), first))
+    loader.close()
+    taken = 0
+
+    def dequantised(out: Tensor) -> Tensor:
+        nonlocal taken
+        taken += out.shape[0]
+        made: Tensor = loader.dequantized(out, taken - out.shape[0], torch.float32)
+        return made
+
+    return dequantised
 
 
 def _compare(old: Tensor, new: Tensor, written: Tensor) -> Loss:
@@ -130,15 +139,6 @@ def _compare(old: Tensor, new: Tensor, written: Tensor) -> Loss:
         error=float(error @ error),
         merged=float((new * new).sum()),
     )
-
-
-def _computed_rows(step: Step, first: int, count: int) -> Tensor:
-    """Returns which rows of a piece are computed: those that are replaced afterwards do not count."""
-    keep = torch.ones(count, dtype=torch.bool)
-    for row in () if step.patch is None else step.patch.rows:
-        if first <= row < first + count:
-            keep[row - first] = False
-    return keep
 
 
 def _pieces(step: Step, sampled: bool) -> Iterator[tuple[int, int]]:

@@ -20,6 +20,7 @@ import torch
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers
+from adapterhub_tools.engine.requantise import run_packed
 from adapterhub_tools.engine.tensor_job import Stopped, Surroundings, hash_range, run_step
 from adapterhub_tools.engine.undo_step import UndoJob
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
@@ -161,6 +162,11 @@ def _run_job(
         with lock:
             result.base[job.spec.name] = digest
         return 0
+    if job.packed is not None:
+        made = run_packed(job, job.packed, writers, around)
+        with lock:
+            result.outputs.update(made.outputs)
+        return made.resolved
     outcome = run_step(job, writers[job.file], around, buffers, undo.get(job.output.name))
     with lock:
         result.outputs[job.output.name] = outcome.output_digest

@@ -1,7 +1,7 @@
 """How much of a merge's change its output can hold: sums over weights, and what follows from them.
 
-A merge changes W by dW = W' - W; what is written is W'_q, so the change that arrives is dW_q = W'_q - W. Where
-a step of the output's grid is larger than the change, rounding brings the old weight back.
+A merge changes W by dW = W' - W; what is written is W'_q, so the change that arrives is dW_q = W'_q - W.
+Where a step of the output's grid is larger than the change, rounding brings the old weight back.
 """
 
 from __future__ import annotations

@@ -7,9 +7,12 @@ give the same bytes. A step holds no tensors, no pickles and no credentials.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.model.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.packed import PackedOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +157,8 @@ class Step:
         file: the output file, relative to the output folder.
         offset: where the result's bytes go in it.
         base_name: the base tensor whose content digest this step's ``start`` gives, or None.
+        packed: how the rounded result is quantised, and the tensors that it lies in then; None for a plain
+            tensor. ``output`` is the result before that, ``file`` and ``offset`` those of its data.
     """
 
     action: str
@@ -164,6 +169,14 @@ class Step:
     terms: tuple[Term, ...] = ()
     patch: RowPatch | None = None
     base_name: str | None = None
+    packed: PackedOutput | None = None
+
+    @property
+    def written(self) -> tuple[tuple[TensorSpec, str], ...]:
+        """The tensors that it writes, and the file of each."""
+        if self.packed is None:
+            return ((self.output, self.file),)
+        return tuple((part.spec, part.file) for part in self.packed.parts.values())
 
     def to_json(self) -> dict[str, Any]:
         """Returns the step as a JSON object."""
@@ -176,12 +189,15 @@ class Step:
             "file": self.file,
             "offset": self.offset,
             "base_name": self.base_name,
+            **({} if self.packed is None else {"packed": self.packed.to_json()}),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Step:
         """Reads what ``to_json`` wrote."""
-        patch = data["patch"]
+        from adapterhub_tools.model.packed import PackedOutput
+
+        patch, packed = data["patch"], data.get("packed")
         return cls(
             action=data["action"],
             start=ByteRange.from_json(data["start"]),
@@ -191,6 +207,7 @@ class Step:
             file=data["file"],
             offset=data["offset"],
             base_name=data["base_name"],
+            packed=None if packed is None else PackedOutput.from_json(packed),
         )
 
 

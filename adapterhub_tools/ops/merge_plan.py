@@ -75,22 +75,25 @@ def plan_merge(
         raise MismatchError(*problems)
     _refuse_mixtures(changes)
     check_joint(checkpoint, parts, changes)
-    base_range = _BaseRanges(checkpoint)
+    base_range = checkpoint.range_of
     ties = settle_ties(parts, changes, base_range, checkpoint)
     rows = _grown_rows(checkpoint, parts, changes, ties)
     steps, files = _lay_out(checkpoint, changes, options, base_range)
     read = {step.base_name for step in steps if step.base_name is not None}
     targets = sorted({n for part in parts for n in part.fit.target_names if n in checkpoint.tensors})
-    wanted = {"full": list(checkpoint.tensors), "targets": targets, "off": []}[options.check_base]
+    stored = checkpoint.on_disk
+    targets = list(checkpoint.stored_names(targets))
+    wanted = {"full": list(stored.tensors), "targets": targets, "off": []}[options.check_base]
     sources: dict[str, Callable[[], OpenSource]] = {part.uri: part.open for part in parts}
-    for file in checkpoint.files:
-        sources[checkpoint.uri(file)] = _opener(checkpoint, file)
+    for shown in (checkpoint, stored):
+        for file in shown.files:
+            sources[shown.uri(file)] = _opener(shown, file)
     return MergePlan(
         plan=Plan(
             steps=steps,
             files=files,
             peak_bytes=peak(steps),
-            digest_only=tuple(base_range(name) for name in wanted if name not in read),
+            digest_only=tuple(stored.range_of(name) for name in wanted if name not in read),
         ),
         sources=sources,
         ties=ties,
@@ -113,17 +116,6 @@ def changes_of(part: Part) -> dict[str, Change]:
     if problems:
         raise MismatchError(*problems)
     return changes
-
-
-class _BaseRanges:
-    """Name of a base tensor -> its bytes."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __call__(self, name: str) -> ByteRange:
-        stored = self._checkpoint.tensors[name]
-        return ByteRange(uri=self._checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
 
 
 def _opener(checkpoint: Checkpoint, file: str) -> Callable[[], OpenSource]:
@@ -251,7 +243,10 @@ def _rows_after(name: str, checkpoint: Checkpoint, changes: dict[str, Change]) -
 
 
 def _lay_out(
-    checkpoint: Checkpoint, changes: dict[str, Change], options: MergeOptions, base_range: _BaseRanges
+    checkpoint: Checkpoint,
+    changes: dict[str, Change],
+    options: MergeOptions,
+    base_range: Callable[[str], ByteRange],
 ) -> tuple[tuple[Step, ...], tuple[OutputFile, ...]]:
     """Keeps each tensor in its shard and order; what the base does not have ends the last shard."""
     wanted = None if options.dtype is None else DTYPE_NAMES[options.dtype]
@@ -289,7 +284,7 @@ def _draft(
     name: str,
     change: Change | None,
     checkpoint: Checkpoint,
-    base_range: _BaseRanges,
+    base_range: Callable[[str], ByteRange],
     wanted: str | None,
     file: str,
 ) -> Step:
@@ -323,5 +318,5 @@ def _draft(
         offset=0,
         terms=tuple(change.terms) if change is not None else (),
         patch=None if change is None else change.patch,
-        base_name=name if of_base else None,
+        base_name=name if of_base and not checkpoint.is_made(name) else None,
     )

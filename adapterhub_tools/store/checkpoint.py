@@ -6,12 +6,14 @@ refuses.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.errors import AdapterError, FormatError, Problem, UnsupportedError, escape
 from adapterhub_tools.model.base import StoredTensor
+from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.model.protocols import Opener, OpenSource
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
 from adapterhub_tools.store.files import FileStamp, LocalFile, is_folder, resolve_inside
@@ -35,6 +37,22 @@ _RESTORE = "Get the folder again from its source, every file of it."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What a checkpoint's tensors are made from, where it shows others than its files hold.
+
+    Attributes:
+        stored: the checkpoint on disk.
+        made_from: tensor as it is shown -> the stored tensors that it is made from; those shown as they are
+            stored are missing.
+        opener: a weight file's name -> a source of the tensors that are shown.
+    """
+
+    stored: Checkpoint
+    made_from: dict[str, tuple[str, ...]]
+    opener: Opener
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A base model's files.
 
@@ -51,6 +69,7 @@ class Checkpoint:
         index_metadata: the ``metadata`` of the index; empty without one.
         opener: how its weight files are opened where they are not local; ``paths`` are empty files then, and
             ``stamps`` has none.
+        view: what its tensors are made from, where they are not those of its files.
     """
 
     root: Path
@@ -64,6 +83,26 @@ class Checkpoint:
     config_file: str | None
     index_metadata: dict[str, Any]
     opener: Opener | None = None
+    view: View | None = None
+
+    @property
+    def on_disk(self) -> Checkpoint:
+        """The checkpoint whose tensors are those of the files."""
+        return self if self.view is None else self.view.stored
+
+    def is_made(self, name: str) -> bool:
+        """Tells whether a tensor's values are made from stored ones, not stored."""
+        return self.view is not None and name in self.view.made_from
+
+    def range_of(self, name: str) -> ByteRange:
+        """Returns where a tensor's bytes are."""
+        stored = self.tensors[name]
+        return ByteRange(uri=self.uri(stored.file), offset=stored.offset, spec=stored.spec)
+
+    def stored_names(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Returns the stored tensors that so many of its tensors are made from, in their order."""
+        made_from = {} if self.view is None else self.view.made_from
+        return tuple(part for name in names for part in made_from.get(name, (name,)))
 
     @property
     def is_remote(self) -> bool:
@@ -72,7 +111,7 @@ class Checkpoint:
 
     def uri(self, file: str) -> str:
         """Returns what a plan calls a weight file."""
-        return str(self.paths[file])
+        return str(self.paths[file]) if self.view is None else f"dequantized:{self.paths[file]}"
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +124,8 @@ class Checkpoint:
         Raises:
             StoreError: it was changed since, or cannot be opened.
         """
+        if self.view is not None:
+            return self.view.opener(file)
         if self.opener is not None:
             return self.opener(file)
         return LocalFile(self.paths[file], name=file, expect=self.stamps[file])
