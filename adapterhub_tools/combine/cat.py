@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,20 @@ class Cat:
     kind: ClassVar[str] = "factored"
     default_rank: ClassVar[str] = "exact"
     shares_factors: ClassVar[bool] = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Cat:
+        """Makes the method of its options; it has none."""
+        return cls(**options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the hyperparameters, for receipts."""
+        return {}
+
+    def check(self, count: int) -> None:
+        """Accepts any number of adapters, at least one."""
+        if count < 1:
+            raise ValueError("there is nothing to combine")
 
     def coefficients(
         self,

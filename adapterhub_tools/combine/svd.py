@@ -7,9 +7,9 @@ rank and takes the dense matrix apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,20 @@ class TruncatedSum:
     kind: ClassVar[str] = "factored"
     default_rank: ClassVar[str] = "largest"
     shares_factors: ClassVar[bool] = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TruncatedSum:
+        """Makes the method of its options; it has none."""
+        return cls(**options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the hyperparameters, for receipts."""
+        return {}
+
+    def check(self, count: int) -> None:
+        """Accepts any number of adapters, at least one."""
+        if count < 1:
+            raise ValueError("there is nothing to combine")
 
     def coefficients(
         self,

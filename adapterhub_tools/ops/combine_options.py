@@ -106,7 +106,7 @@ def implementation(method: str, given: Mapping[str, Any], seed: int) -> Any:
                 remedy=f"Give {_flag(name)}.",
             )
     try:
-        return made(**values)
+        return made.from_options(values)
     except ValueError as error:
         raise MismatchError.of(
             "option", f"{escape(str(error))}.", loc="--method", remedy=f"See the options of {method}."

@@ -190,22 +190,25 @@ class Loader:
     Args:
         opened: the adapter.
         source: its open weight file.
+
+    Attributes:
+        source: likewise.
     """
 
     def __init__(self, opened: OpenedAdapter, source: OpenSource) -> None:
         """Keeps both."""
         self._offsets = opened.files.header.offsets if opened.files.header else {}
-        self._source = source
+        self.source: OpenSource = source
 
     def range_of(self, spec: TensorSpec) -> ByteRange:
         """Returns where a tensor is."""
-        return ByteRange(uri=self._source.name, offset=self._offsets[spec.name], spec=spec)
+        return ByteRange(uri=self.source.name, offset=self._offsets[spec.name], spec=spec)
 
     def load(self, spec: TensorSpec) -> Tensor:
         """Returns a tensor as it is stored; NaN and infinities are errors."""
         from adapterhub_tools.engine.buffers import load_whole
 
-        return load_whole(self._source, self.range_of(spec))
+        return load_whole(self.source, self.range_of(spec))
 
     def product(self, module: TargetModule) -> tuple[Tensor, Tensor]:
         """Returns (B, A) of a module as float64 matrices: (out, rank) and (rank, in·…)."""
@@ -215,7 +218,7 @@ class Loader:
 
     def content(self, spec: TensorSpec) -> StoredContent:
         """Returns a tensor's bytes as they are stored."""
-        return StoredContent(source=self._source, offset=self._offsets[spec.name], nbytes=spec.nbytes)
+        return StoredContent(source=self.source, offset=self._offsets[spec.name], nbytes=spec.nbytes)
 
 
 class Tensors:
@@ -244,9 +247,13 @@ class Tensors:
         from adapterhub_tools.linalg.casting import cast
 
         stored = cast(values, dtype, name=name)
+        return self.put_stored(stored, name), stored
+
+    def put_stored(self, stored: Tensor, name: str) -> TensorSpec:
+        """Takes values along that are in their storage dtype already."""
         spec, content = self._spool.put(stored, name)
         self._add(name, content)
-        return spec, stored
+        return spec
 
     def keep_module(self, loader: Loader, module: TargetModule) -> TargetModule:
         """Takes all factors of a module along as they are stored."""

@@ -98,7 +98,7 @@ def to_lora(
     for target in effects.targets:
         if target.is_bias and not any(target.module == vector.module for vector in vectors):
             _carry_bias(effects, target, tensors, parts)
-    _complete_biases(effects, tensors, parts)
+    complete_biases(effects, tensors, parts)
     for item in opened.adapter.full:
         tensors.keep(loader, item.tensor)
         parts.full.append(item)
@@ -133,7 +133,7 @@ def low_rank_module(
     approximation, rank = ranked.approximation, ranked.rank
     left, right = approximation.svd.leading(rank).balanced()
     b, a = (right.t(), left.t()) if kind in TRANSPOSED else (left, right)
-    shaped_b, shaped_a = _shaped(b, a, kind, shape)
+    shaped_b, shaped_a = shaped(b, a, kind, shape)
     b_spec, b_stored = tensors.put(shaped_b, dtype, f"{path}.B")
     a_spec, a_stored = tensors.put(shaped_a, dtype, f"{path}.A")
     new_b, new_a = b_stored.double().flatten(1), a_stored.double().flatten(1)
@@ -174,7 +174,7 @@ def _report(
     )
 
 
-def _shaped(b: Tensor, a: Tensor, kind: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def shaped(b: Tensor, a: Tensor, kind: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Gives the factors of a convolution its axes: A (rank, in, k, …) and B (out, rank, 1, …)."""
     if kind not in ("conv2d", "convnd"):
         return b.contiguous(), a.contiguous()
@@ -220,7 +220,7 @@ def _is_matrix(target: Target) -> bool:
     return len(target.step.start.spec.shape) >= 2
 
 
-def _changed(effects: Effects, target: Target) -> Tensor:
+def changed(effects: Effects, target: Target) -> Tensor:
     """Returns a small tensor after the adapter, in float64."""
     weight = effects.weight(target)
     values = weight.read(0, weight.shape[0])
@@ -231,12 +231,12 @@ def _changed(effects: Effects, target: Target) -> Tensor:
 def _carry_bias(effects: Effects, target: Target, tensors: Tensors, parts: LowRankParts) -> None:
     """Carries a bias that the method changes, as it becomes."""
     name = f"{target.module}.bias"
-    spec, _ = tensors.put(_changed(effects, target), target.step.start.spec.dtype, name)
+    spec, _ = tensors.put(changed(effects, target), target.step.start.spec.dtype, name)
     parts.full.append(FullTensor(target=name, role="bias", tensor=spec))
     parts.kept.append((name, "its bias changes too, and is carried in full"))
 
 
-def _complete_biases(effects: Effects, tensors: Tensors, parts: LowRankParts) -> None:
+def complete_biases(effects: Effects, tensors: Tensors, parts: LowRankParts) -> None:
     """Carries biases that stay, where others change: a config has only all of them, or the targets'."""
     owners = {item.target.rpartition(".")[0] for item in parts.full if item.role == "bias"}
     if not owners:
@@ -264,7 +264,7 @@ def _carry_vectors(
         for leaf in ("weight", "bias"):
             name, target = f"{vector.module}.{leaf}", by_name.get(f"{stem}{leaf}")
             if target is not None:
-                spec, _ = tensors.put(_changed(effects, target), target.step.start.spec.dtype, name)
+                spec, _ = tensors.put(changed(effects, target), target.step.start.spec.dtype, name)
             elif f"{stem}{leaf}" in checkpoint.tensors:
                 item = effects.base.range_of(f"{stem}{leaf}")
                 spec = keep_base_tensor(tensors, effects, item, name)
