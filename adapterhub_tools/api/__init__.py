@@ -15,6 +15,7 @@ from adapterhub_tools.api.exchange import list_adapters, pull, push
 from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
 from adapterhub_tools.api.proof import sign, unmerge, verify
+from adapterhub_tools.api.safety import scan
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -39,6 +40,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "scan",
     "sign",
     "svd_shrink",
     "unmerge",

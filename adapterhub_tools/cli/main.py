@@ -21,6 +21,7 @@ from adapterhub_tools.model.version import VERSION
 COMMANDS = {
     "inspect": "Say what an adapter or a base is.",
     "validate": "Check an adapter's files, and how it fits a base.",
+    "scan": "Look for what can harm whoever loads a folder.",
     "init": "Write the manifest of an adapter.",
     "hash": "Print the content digest of a base.",
     "merge": "Merge adapters into a base, exactly.",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adapterhub_tools import __version__, api
+from adapterhub_tools import api
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
+from adapterhub_tools.cli.report_forms import folders, form_option, show
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
-from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, EXIT_OK, EXIT_PROBLEMS
+from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from adapterhub_tools.ops.validation_report import ValidationReport
 
 
@@ -39,14 +36,7 @@ if TYPE_CHECKING:
     "--accept-embeddings", is_flag=True, help="Accept saved embeddings that the config does not mention."
 )
 @click.option("--cache/--no-cache", default=True, help="Use the digest cache for the base.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["text", "json", "junit", "sarif"]),
-    default="text",
-    show_default=True,
-    help="The form of the report: for people, programs, test reports or code scanning.",
-)
+@form_option
 @standard_options
 def command(
     adapter: tuple[str, ...],
@@ -75,45 +65,9 @@ def command(
             cache=cache,
             progress=progress_for(output),
         )
-        for item in _folders(adapter)
+        for item in folders(adapter)
     ]
-    if form == "text":
-        for report in reports:
-            _show(report, output)
-    elif form == "json":
-        found = [report.to_json() for report in reports]
-        output.json("validate", found[0] if len(found) == 1 else {"adapters": found})
-    else:
-        from adapterhub_tools.ops import report_formats
-
-        if form == "junit":
-            click.echo(report_formats.to_junit(reports))
-        else:
-            click.echo(json.dumps(report_formats.to_sarif(reports, __version__), indent=2))
-    click.get_current_context().exit(_exit_code(reports))
-
-
-def _folders(given: Iterable[str]) -> list[str]:
-    """Returns what is to be checked: each folder once, named by itself or by a file in it."""
-    found: dict[str, None] = {}
-    for item in given:
-        path = Path(item)
-        inside = "://" not in item and path.suffix != ".safetensors" and path.is_file()
-        inside = inside or path.name == "adapter_model.safetensors"
-        found[str(path.parent) if inside else item] = None
-    return list(found)
-
-
-def _exit_code(reports: Sequence[ValidationReport]) -> int:
-    codes = {report.exit_code for report in reports}
-    return next((code for code in (EXIT_PROBLEMS, EXIT_COULD_NOT_CHECK) if code in codes), EXIT_OK)
-
-
-def _show(report: ValidationReport, output: Output) -> None:
-    output.problems([*report.problems, *report.unchecked])
-    if output.verbose:
-        output.notes(f"not checked: {name}: {reason}" for name, reason in report.skipped.items())
-    output.line(_summary(report))
+    show("validate", reports, form, output, _summary)
 
 
 def _summary(report: ValidationReport) -> str:

@@ -8,24 +8,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape, raise_for
-from adapterhub_tools.hub.secrets import secret_problems
+from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape
 from adapterhub_tools.hub.selection import CARD_NAME, is_signature, select_adapter
 from adapterhub_tools.hub.trees import git_blob_id
 from adapterhub_tools.hub.upload import Outgoing
 from adapterhub_tools.model.manifest import MANIFEST_NAME, Manifest
 from adapterhub_tools.ops.init import new_manifest
 from adapterhub_tools.ops.manifest_file import load_manifest, write_manifest
+from adapterhub_tools.ops.scan_file import file_findings
+from adapterhub_tools.ops.scan_send import sift
 from adapterhub_tools.ops.validate import validate
-from adapterhub_tools.store.adapter_files import CONFIG_FILE, open_adapter_files
 from adapterhub_tools.store.digest import file_sha256
 from adapterhub_tools.store.files import LocalFile, store_error
 from adapterhub_tools.store.folder import names_in
 
 MAX_REGULAR_BYTES = 16 << 20
 """A file that is larger is sent as a large one, whatever the server says."""
-
-_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +55,10 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
         write: whether a manifest that is missing may be written into the folder.
 
     Raises:
-        FormatError: it is not valid, or holds a secret; every problem.
+        FormatError: it is not valid, or a scan found a secret or a disguise; every problem.
         IntegrityError: its files differ from its manifest.
-        UnsupportedError: a file that would be sent is a symbolic link; or there is only a pickle.
+        UnsupportedError: a file that would be sent is a symbolic link, a pickle or other code, or there is
+            only a pickle.
         StoreError: a file cannot be read, or the manifest cannot be written.
     """
     if adapter.is_file():
@@ -84,7 +83,7 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
             for name in selected.taken
             if name != MANIFEST_NAME
         }
-        _refuse_secrets(opened)
+        scanned = _scan(opened, include)
         sent = replace(manifest, files=tuple(file for file in manifest.files if file.path in opened))
         unchanged = (adapter / MANIFEST_NAME).exists() and sent == manifest
         data = (adapter / MANIFEST_NAME).read_bytes() if unchanged else sent.to_bytes()
@@ -100,7 +99,7 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
             files=tuple(sorted(files, key=lambda file: file.path)),
             card=None if card is None else _card_text(card),
             left=selected.left,
-            notes=notes + _path_note(adapter),
+            notes=notes + scanned,
         )
 
 
@@ -155,17 +154,16 @@ def _refuse_links(root: Path, names: Sequence[str]) -> None:
         raise UnsupportedError(*problems)
 
 
-def _refuse_secrets(opened: dict[str, LocalFile]) -> None:
-    """Looks through text files, and through the header of weights, which carries free text too."""
-    problems: list[Problem] = []
-    for name, source in opened.items():
-        if name.endswith(".safetensors"):
-            size = min(int.from_bytes(source.read(0, min(8, source.length)), "little"), _HEADER_BYTES)
-            data = source.read(8, min(size, max(0, source.length - 8)))
-        else:
-            data = source.read(0, min(source.length, MAX_REGULAR_BYTES))
-        problems += secret_problems(name, data)
-    raise_for(problems, FormatError)
+def _scan(opened: dict[str, LocalFile], include: Sequence[str]) -> tuple[str, ...]:
+    """Holds what would be sent against the rules of a scan; returns what is worth a note.
+
+    Raises:
+        FormatError: a secret, a disguise, a template that reaches for code; every problem.
+        UnsupportedError: a pickle or other code.
+    """
+    return sift(
+        (found for name, source in opened.items() for found in file_findings(name, source)), accepted=include
+    )
 
 
 def _check_signatures(opened: dict[str, LocalFile], unchanged: bool) -> None:
@@ -200,12 +198,3 @@ def _card_text(source: LocalFile) -> str:
         raise FormatError.of(
             "not-utf8", "is not UTF-8 text.", file=CARD_NAME, remedy="Save it as UTF-8."
         ) from error
-
-
-def _path_note(adapter: Path) -> tuple[str, ...]:
-    """Says so where the config will publish a local path."""
-    config = open_adapter_files(adapter).config or {}
-    name = config.get("base_model_name_or_path")
-    if isinstance(name, str) and (name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1):
-        return (f"{CONFIG_FILE} names a local path as its base: {name}",)
-    return ()

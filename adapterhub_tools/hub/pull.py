@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from adapterhub_tools.hub.snapshot import Snapshot, fetch_small
 from adapterhub_tools.hub.trees import RemoteFile
 from adapterhub_tools.model.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adapterhub_tools.model.protocols import Progress, SilentProgress
+from adapterhub_tools.ops.scan_file import file_findings
+from adapterhub_tools.ops.scan_files import list_files
+from adapterhub_tools.ops.scan_send import sift
+from adapterhub_tools.ops.validation_report import Finding
 from adapterhub_tools.store.adapter_files import CONFIG_FILE, open_adapter_files
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.directory import stage
@@ -138,7 +143,8 @@ def pull(
     Raises:
         HubError: it cannot be had.
         IntegrityError: bytes differ from the digests of the commit or of the manifest.
-        FormatError: it is no adapter, or its manifest or config is broken.
+        FormatError: it is no adapter, its manifest or config is broken, or a scan found a disguise.
+        UnsupportedError: a scan found code in it.
         StoreError: the folder cannot be written; what was there is untouched.
     """
     if not dry_run:
@@ -190,6 +196,7 @@ def pull(
             _compare(expected.get(file.path), file, sha256)
             pulled.append(PulledFile(path=file.path, size=file.size, sha256=sha256))
         open_adapter_files(staged.path)  # refuses files that are not what they claim
+        scanned = _scan(staged.path, include)
         origin = Origin(
             reference=snapshot.reference,
             endpoint=snapshot.endpoint,
@@ -199,7 +206,21 @@ def pull(
         )
         staged.commit((ORIGIN_NAME, origin.to_bytes()))
         progress.finish()
-    return _with_files(report, tuple(pulled))
+    return dataclasses.replace(report, files=tuple(pulled), notes=report.notes + scanned)
+
+
+def _scan(folder: Path, include: Sequence[str]) -> tuple[str, ...]:
+    """Holds what came against the rules of a scan; returns what is worth a note.
+
+    Raises:
+        FormatError: a disguise, a polyglot, a template that reaches for code; every problem.
+        UnsupportedError: code in a file that is on the list.
+    """
+    found: list[Finding | Problem] = []
+    for file in list_files(folder).files:
+        with file.open() as source:
+            found.extend(file_findings(file.path, source))
+    return sift(found, accepted=include, refuse_secrets=False)
 
 
 def _manifest(snapshot: Snapshot, names: dict[str, RemoteFile], small: dict[str, bytes]) -> Manifest | None:
@@ -288,12 +309,6 @@ def _compare(record: FileRecord | None, file: RemoteFile, sha256: str) -> None:
             file=escape(file.path),
             remedy=_INCOMPLETE,
         )
-
-
-def _with_files(report: PullReport, files: tuple[PulledFile, ...]) -> PullReport:
-    from dataclasses import replace
-
-    return replace(report, files=files)
 
 
 def _sha256(data: bytes) -> str:

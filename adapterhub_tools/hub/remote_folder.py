@@ -14,7 +14,7 @@ from adapterhub_tools.errors import StoreError, escape
 from adapterhub_tools.hub.base_pull import weight_files
 from adapterhub_tools.hub.range_source import RangeSource, StreamedSource
 from adapterhub_tools.hub.selection import INDEX_SUFFIX, select_base
-from adapterhub_tools.hub.snapshot import MAX_SMALL_FILE_BYTES, HubSnapshot, fetch_small
+from adapterhub_tools.hub.snapshot import MAX_SMALL_FILE_BYTES, HubSnapshot, Snapshot, fetch_small
 from adapterhub_tools.hub.trees import RemoteFile
 from adapterhub_tools.model.manifest import MANIFEST_NAME
 from adapterhub_tools.store.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, open_adapter_files
@@ -91,7 +91,7 @@ def _bring(snapshot: HubSnapshot, scratch: Path, wanted: set[str], weights: set[
         elif file.path in wanted and (file.size <= MAX_SMALL_FILE_BYTES or file.path.endswith(".json")):
             _write(scratch, file.path, fetch_small(snapshot, file))
         elif file.path in wanted:
-            _download(snapshot, file, scratch)
+            download(snapshot, file, scratch / file.path)
 
 
 def _opener(snapshot: HubSnapshot, pool: ThreadPoolExecutor | None) -> Callable[[str], RangeSource]:
@@ -145,12 +145,18 @@ class _FileSink:
         self._file.close()
 
 
-def _download(snapshot: HubSnapshot, file: RemoteFile, scratch: Path) -> None:
-    """Brings a side file that is large, such as a tokenizer."""
-    sink = _FileSink(scratch / file.path)
+def download(snapshot: Snapshot, file: RemoteFile, place: Path) -> None:
+    """Brings a file that is large, such as a tokenizer, checked.
+
+    Raises:
+        IntegrityError: it is other content than the version names.
+        HubError: it cannot be had.
+        StoreError: it cannot be written.
+    """
+    sink = _FileSink(place)
     try:
         snapshot.fetch(file, sink)
     finally:
         sink.close()
-    if (scratch / file.path).stat().st_size != file.size:
+    if place.stat().st_size != file.size:
         raise StoreError.of("disk", f"{escape(file.path)} could not be written.", remedy="Free space.")

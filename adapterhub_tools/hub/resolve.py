@@ -23,6 +23,7 @@ from adapterhub_tools.hub.reference import HubReference, is_remote
 
 if TYPE_CHECKING:
     from adapterhub_tools.hub.snapshot import HubSnapshot
+    from adapterhub_tools.ops.scan_files import Listing
     from adapterhub_tools.store.adapter_files import AdapterFiles
     from adapterhub_tools.store.checkpoint import Checkpoint
 
@@ -124,6 +125,24 @@ def described_base(reference: Given | None) -> Iterator[Path | Checkpoint | None
 
     with described(reference) as found:
         yield found.root if isinstance(found, AdapterFiles) else found
+
+
+def scanned(reference: Given) -> Listing:
+    """Returns the files of a path or of a reference, whatever they are.
+
+    Raises:
+        StoreError: the path cannot be read.
+        HubError: the reference cannot be had.
+    """
+    from adapterhub_tools.ops.scan_files import list_files
+
+    text = fspath(reference)
+    if not is_remote(text):
+        return list_files(Path(text))
+    from adapterhub_tools.hub.scan_remote import remote_listing
+    from adapterhub_tools.hub.transfer import open_snapshot, parse
+
+    return remote_listing(open_snapshot(parse(text)))
 
 
 def named(report: R, reference: Given) -> R:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import escape as escape_xml
@@ -13,6 +14,7 @@ from adapterhub_tools.ops.validation_report import ValidationReport
 
 SARIF_VERSION = "2.1.0"
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+_LINE = re.compile(r"line (\d{1,9})$")
 _LEVELS = {"error": "error", "warning": "warning"}
 
 
@@ -51,13 +53,17 @@ def to_junit(reports: Sequence[ValidationReport]) -> str:
     return "\n".join([*lines, "</testsuites>"])
 
 
-def to_sarif(reports: Sequence[ValidationReport], version: str) -> dict[str, Any]:
+def to_sarif(
+    reports: Sequence[ValidationReport], version: str, described: Mapping[str, tuple[str, str]] | None = None
+) -> dict[str, Any]:
     """Returns the problems as a SARIF 2.1.0 log with one run; the kind of a problem is the rule.
 
     Args:
         reports: what was found, one for each adapter.
         version: the version of this tool.
+        described: rule -> what it finds and the remedy, where there is a table of rules.
     """
+    words = described or {}
     found = [
         (report.path, problem) for report in reports for problem in (*report.problems, *report.unchecked)
     ]
@@ -65,7 +71,7 @@ def to_sarif(reports: Sequence[ValidationReport], version: str) -> dict[str, Any
     driver = {
         "name": "adaptertool",
         "version": version,
-        "rules": [{"id": rule, "shortDescription": {"text": rule.replace("-", " ")}} for rule in rules],
+        "rules": [_rule(rule, words.get(rule)) for rule in rules],
     }
     results = [_result(path, problem, rules.index(problem.kind)) for path, problem in found]
     return {
@@ -75,12 +81,20 @@ def to_sarif(reports: Sequence[ValidationReport], version: str) -> dict[str, Any
     }
 
 
+def _rule(rule: str, words: tuple[str, str] | None) -> dict[str, Any]:
+    made: dict[str, Any] = {"id": rule, "shortDescription": {"text": rule.replace("-", " ")}}
+    if words is not None:
+        made |= {"fullDescription": {"text": words[0]}, "help": {"text": words[1]}}
+    return made
+
+
 def _result(path: str, problem: Problem, rule: int) -> dict[str, Any]:
+    line = _LINE.match(problem.loc)
     location: dict[str, Any] = {
         "physicalLocation": {
             "artifactLocation": {"uri": quote("/".join(part for part in (path, problem.file) if part))},
-            # The files are binary or generated, so a problem has no line of its own.
-            "region": {"startLine": 1},
+            # Most files are binary or generated, so that a problem has no line of its own.
+            "region": {"startLine": int(line.group(1)) if line else 1},
         }
     }
     if problem.loc:

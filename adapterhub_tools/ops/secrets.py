@@ -1,4 +1,4 @@
-"""Finds access keys in what is about to be published; says where and of what kind, and never shows them."""
+"""Finds access keys in files; says where and of what kind, and never shows them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ _PATTERNS: tuple[tuple[str, re.Pattern[bytes]], ...] = (
     ("a Hugging Face token", re.compile(rb"\bhf_[A-Za-z0-9]{30,}")),
     ("a Hugging Face organisation token", re.compile(rb"\bapi_org_[A-Za-z0-9]{30,}")),
     ("an AWS access key", re.compile(rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")),
+    (
+        "an AWS secret key",
+        re.compile(
+            rb"(?i:aws_secret_access_key|secretaccesskey)[\"']?\s{0,8}[:=]\s{0,8}[\"']?[A-Za-z0-9/+]{40}"
+        ),
+    ),
     ("a GitHub token", re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})")),
     ("a GitLab token", re.compile(rb"\bglpat-[A-Za-z0-9_-]{20,}")),
     ("an OpenAI or Anthropic key", re.compile(rb"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{40,}")),
     ("a Google API key", re.compile(rb"\bAIza[A-Za-z0-9_-]{35}\b")),
+    ("an NVIDIA API key", re.compile(rb"\bnvapi-[A-Za-z0-9_-]{60,}")),
     ("a Slack token", re.compile(rb"\bxox[abposr]-[A-Za-z0-9-]{10,}")),
     ("a PyPI token", re.compile(rb"\bpypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50,}")),
     ("a private key", re.compile(rb"-----BEGIN (?:[A-Z0-9]{1,20} ){0,3}PRIVATE KEY-----")),
@@ -23,6 +30,8 @@ _PATTERNS: tuple[tuple[str, re.Pattern[bytes]], ...] = (
         re.compile(rb"\b[a-z][a-z0-9+.-]{1,15}://[^\s/:@\"']{1,64}:[^\s/:@\"']{3,128}@"),
     ),
 )
+_FEWEST_CHARACTERS = 8
+"""A key of fewer different characters is a placeholder, such as ``hf_xxxx…``."""
 
 
 def secret_problems(name: str, data: bytes) -> Iterator[Problem]:
@@ -33,13 +42,27 @@ def secret_problems(name: str, data: bytes) -> Iterator[Problem]:
         data: its content, or the part of it that is text.
     """
     for kind, pattern in _PATTERNS:
-        found = pattern.search(data)
-        if found is not None:
+        for found in pattern.finditer(data):
+            if len(set(found.group())) < _FEWEST_CHARACTERS:
+                continue
             line = data.count(b"\n", 0, found.start()) + 1
             yield Problem(
                 kind="secret",
-                message=f"holds what looks like {kind}; it is not sent.",
+                message=f"holds what looks like {kind}.",
                 file=name,
                 loc=f"line {line}",
                 remedy="Remove it from the file, and revoke it if it was ever published.",
             )
+            break
+
+
+def redacted(text: str) -> str:
+    """Returns a text in which whatever looks like a secret is replaced.
+
+    Args:
+        text: a message that may quote a file.
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    for kind, pattern in _PATTERNS:
+        data = pattern.sub(f"({kind})".encode(), data)
+    return data.decode("utf-8", "surrogatepass")
