@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterhub_tools.errors import FormatError, Problem
-from adapterhub_tools.model.quant_scheme import BLOCK_SIZES, QuantizedTensor, QuantScheme
+from adapterhub_tools.model.quant_parts import part_problems, wrong_part
+from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
 from adapterhub_tools.quant._code_book import PIECE, CodeBook
 from adapterhub_tools.quant._four_bit_encoder import FourBitEncoder
 from adapterhub_tools.quant._four_bit_loader import FourBitLoader
 from adapterhub_tools.quant._nested import NestedScales, dequantize_scales
-from adapterhub_tools.quant._parts import damaged, flat_bounds, wrong_part
+from adapterhub_tools.quant._parts import damaged, flat_bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,33 +38,7 @@ class FourBit:
 
     def check(self, tensor: QuantizedTensor) -> tuple[Problem, ...]:
         """Returns what is wrong with the dtypes and shapes of a weight's parts."""
-        scheme, elements = tensor.scheme, tensor.spec.elements
-        if scheme.block_size not in BLOCK_SIZES:
-            sizes = ", ".join(map(str, BLOCK_SIZES))
-            expected = f"a block size of bitsandbytes ({sizes})"
-            return (wrong_part(tensor, "quant_state", f"its block size is {scheme.block_size}", expected),)
-        blocks = -(-elements // scheme.block_size)
-        wanted: dict[str, tuple[tuple[str, ...], int]] = {
-            "absmax": (("U8",) if scheme.double else ("F32", "F16", "BF16"), blocks),
-            "quant_map": (("F32",), 16),
-        }
-        if scheme.double:
-            groups = -(-blocks // scheme.nested_block_size)
-            wanted |= {"nested_absmax": (("F32",), groups), "nested_quant_map": (("F32",), 256)}
-        problems = []
-        nbytes = tensor.parts["data"].spec.nbytes
-        if nbytes != (elements + 1) // 2:
-            expected = f"{(elements + 1) // 2:,} for shape {list(tensor.spec.shape)}"
-            problems.append(wrong_part(tensor, "data", f"it has {nbytes:,} bytes", expected))
-        for role, (dtypes, count) in wanted.items():
-            part = tensor.parts.get(role)
-            if part is None:
-                problems.append(wrong_part(tensor, role, "it is missing", f"{count:,} values"))
-            elif part.spec.dtype not in dtypes or part.spec.elements != count:
-                found = f"it is {part.spec.dtype} of shape {list(part.spec.shape)}"
-                why = f" ({elements:,} weights in blocks of {scheme.block_size})" if role == "absmax" else ""
-                problems.append(wrong_part(tensor, role, found, f"{count:,} of {' or '.join(dtypes)}{why}"))
-        return tuple(problems)
+        return part_problems(tensor)
 
     def scales(self, tensor: QuantizedTensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Returns the scale of every block, float32 (blocks,).

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from math import prod
 
-from adapterhub_tools.errors import FormatError, Problem
+from adapterhub_tools.errors import FormatError
+from adapterhub_tools.model.quant_parts import wrong_part
 from adapterhub_tools.model.quant_scheme import QuantizedTensor
-
-GET_AGAIN = "The checkpoint is damaged or was changed: get it again, or quantise the 16-bit base again."
-
-
-def wrong_part(tensor: QuantizedTensor, role: str, found: str, expected: str) -> Problem:
-    """Returns a problem with one part of a quantised weight."""
-    part = tensor.parts.get(role, tensor.parts["data"])
-    name = part.spec.name if role in tensor.parts else f"{tensor.spec.name}.{role}"
-    return Problem(
-        kind="quantised-part",
-        file=part.uri.replace("\\", "/").rpartition("/")[2],
-        loc=name,
-        message=f"{found}, expected {expected}.",
-        remedy=GET_AGAIN,
-    )
 
 
 def damaged(tensor: QuantizedTensor, index: int) -> FormatError:

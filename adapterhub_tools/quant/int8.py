@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterhub_tools.errors import FormatError, Problem
+from adapterhub_tools.model.quant_parts import part_problems, wrong_part
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
 from adapterhub_tools.model.tensor import TensorSpec
-from adapterhub_tools.quant._parts import damaged, flat_bounds, non_finite, wrong_part
+from adapterhub_tools.quant._parts import damaged, flat_bounds, non_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,23 +36,7 @@ class Int8:
 
     def check(self, tensor: QuantizedTensor) -> tuple[Problem, ...]:
         """Returns what is wrong with the dtypes and shapes of a weight's parts."""
-        problems = []
-        shape = tensor.spec.shape
-        data, scales = tensor.parts["data"].spec, tensor.parts.get("scales")
-        if data.dtype != "I8" or len(shape) != 2:
-            found = f"it is {data.dtype} of shape {list(data.shape)}"
-            problems.append(wrong_part(tensor, "data", found, "I8 of shape (out, in)"))
-        count = shape[0] if shape else 1
-        if scales is None:
-            problems.append(wrong_part(tensor, "SCB", "it is missing", f"{count:,} scales"))
-        elif scales.spec.dtype not in ("F32", "F16", "BF16") or scales.spec.elements != count:
-            found = f"it is {scales.spec.dtype} of shape {list(scales.spec.shape)}"
-            problems.append(wrong_part(tensor, "scales", found, f"{count:,} of F32, one for each output"))
-        layout = tensor.parts.get("weight_format")
-        if layout is not None and (layout.spec.dtype, layout.spec.elements) != ("U8", 1):
-            found = f"it is {layout.spec.dtype} of shape {list(layout.spec.shape)}"
-            problems.append(wrong_part(tensor, "weight_format", found, "one U8"))
-        return tuple(problems)
+        return part_problems(tensor)
 
     def scales(self, tensor: QuantizedTensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Returns the scale of every output, float32 (out,).
