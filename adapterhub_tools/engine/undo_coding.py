@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 EQUAL, SPARSE, RAW, XOR = range(4)
 HEAD = struct.Struct("<BIIII")
 _CONTINUE = 255
+_MORE = 0x80
+_BLOCK = 1 << 14
+"""Words compared at a time, so that they stay in a core's cache."""
 _LEVEL = 3
 _MIXED = 0.25
 """From this share of wrong predictions on, whole byte planes are tried too."""
@@ -81,7 +84,7 @@ def encode(true: AnyArray, predicted: AnyArray | None, rows: int) -> bytes:
     """
     if predicted is None:
         return _planes(RAW, true, rows)
-    wrong = np.flatnonzero(true != predicted)
+    wrong = _differing(true, predicted)
     if not len(wrong):
         return HEAD.pack(EQUAL, rows, 0, 0, 0)
     best = None
@@ -116,19 +119,24 @@ def decode(head: RecordHead, payload: bytes, predicted: AnyArray) -> AnyArray:
     return values ^ predicted if head.coding == XOR else values
 
 
-def order(bits: AnyArray) -> npt.NDArray[np.int64]:
-    """Returns the place of each value in the dtype's ordering; neighbours differ by one."""
+def order(bits: AnyArray) -> npt.NDArray[np.signedinteger[Any]]:
+    """Returns the place of each value in the dtype's ordering; neighbours differ by one.
+
+    Of a wider type than the bits' own, so that differences of 16- and 32-bit values do not wrap around.
+    """
     width = 8 * bits.dtype.itemsize
-    wide = bits.astype(np.uint64)
-    magnitude = wide & np.uint64((1 << (width - 1)) - 1)
-    minus = (wide >> np.uint64(width - 1)).astype(np.bool_)
-    return np.where(minus, ~magnitude, magnitude).view(np.int64)
+    places = bits.view(f"i{width // 8}").astype("i4" if width == 16 else "i8")
+    # The sign spread over all bits turns the magnitudes of negative values around.
+    spread = places >> (width - 1)
+    places &= (1 << (width - 1)) - 1
+    places ^= spread
+    return places
 
 
-def from_order(places: npt.NDArray[np.int64], dtype: np.dtype[np.unsignedinteger]) -> AnyArray:
+def from_order(places: npt.NDArray[np.signedinteger[Any]], dtype: np.dtype[np.unsignedinteger]) -> AnyArray:
     """Returns the bits at places of the ordering; the inverse of ``order``."""
     width = 8 * dtype.itemsize
-    wide = places.view(np.uint64)
+    wide = places.astype(np.int64).view(np.uint64)
     minus = places < 0
     sign = np.uint64(1 << (width - 1))
     return np.where(minus, ~wide | sign, wide).astype(dtype)
@@ -159,17 +167,18 @@ def decompress(frame: bytes | memoryview, limit: int) -> bytes:
 
 
 def _sparse(wrong: AnyArray, true: AnyArray, predicted: AnyArray, rows: int) -> bytes:
-    difference = order(true) - order(predicted)
+    difference = order(true)
+    difference -= order(predicted)
     gaps = compress(_gap_bytes(np.diff(wrong, prepend=-1) - 1).data)
     signs = np.packbits(difference > 0, bitorder="little").tobytes()
     # The difference of two binary64 places may wrap around; so does adding it back.
-    magnitudes = np.abs(difference).view(np.uint64)
+    magnitudes = np.abs(difference, out=difference)
     far = np.flatnonzero(magnitudes != 1)
     exceptions = b""
     if len(far):
         pairs = np.empty(2 * len(far), dtype=np.uint64)
         pairs[::2] = (np.diff(far, prepend=-1) - 1).astype(np.uint64)
-        pairs[1::2] = magnitudes[far] - np.uint64(2)
+        pairs[1::2] = magnitudes[far].astype(np.int64).view(np.uint64) - np.uint64(2)
         exceptions = compress(_varints(pairs).data)
     return HEAD.pack(SPARSE, rows, len(wrong), len(gaps), len(exceptions)) + gaps + signs + exceptions
 
@@ -217,27 +226,54 @@ def _planes(coding: int, values: AnyArray, rows: int) -> bytes:
 
 def _gap_bytes(gaps: AnyArray) -> Bytes:
     """Returns each gap as 255s and a last byte below 255."""
-    full, last = np.divmod(gaps, _CONTINUE)
-    ends = np.cumsum(full + 1) - 1
-    out = np.full(int(ends[-1]) + 1, _CONTINUE, dtype=np.uint8)
-    out[ends] = last
-    return out
+    large = np.flatnonzero(gaps >= _CONTINUE)
+    if not len(large):
+        return gaps.astype(np.uint8)
+    full, last = np.divmod(gaps[large], _CONTINUE)
+    short = gaps.astype(np.uint8)
+    short[large] = last
+    # Before each large gap stand its 255s.
+    return np.insert(short, np.repeat(large, full), np.uint8(_CONTINUE))
 
 
 def _varints(values: npt.NDArray[np.uint64]) -> Bytes:
     """Returns numbers in LEB128: seven bits a byte, the lowest first, the top bit set where more follow."""
-    lengths = np.ones(len(values), dtype=np.int64)
+    long = np.flatnonzero(values >= _MORE)
+    if not len(long):
+        return values.astype(np.uint8)
+    large = values[long]
+    lengths = np.ones(len(large), dtype=np.int64)
     for shift in range(7, 64, 7):
-        lengths += (values >> np.uint64(shift)) != 0
-    ends = np.cumsum(lengths)
-    out = np.zeros(int(ends[-1]), dtype=np.uint8)
-    begins = ends - lengths
+        lengths += (large >> np.uint64(shift)) != 0
+    # Where each number begins: its index, and the further bytes of the long ones before it.
+    further = np.zeros(len(values), dtype=np.int64)
+    further[long] = lengths - 1
+    begins = np.arange(len(values)) + np.cumsum(further) - further
+    out = np.zeros(len(values) + int(further.sum()), dtype=np.uint8)
+    out[begins] = values.astype(np.uint8)
     for step in range(int(lengths.max())):
         chosen = np.flatnonzero(lengths > step)
-        low = (values[chosen] >> np.uint64(7 * step)) & np.uint64(0x7F)
+        low = (large[chosen] >> np.uint64(7 * step)) & np.uint64(0x7F)
         more = (lengths[chosen] > step + 1).astype(np.uint64) << np.uint64(7)
-        out[begins[chosen] + step] = (low | more).astype(np.uint8)
+        out[begins[long[chosen]] + step] = (low | more).astype(np.uint8)
     return out
+
+
+def _differing(first: AnyArray, second: AnyArray) -> npt.NDArray[np.int64]:
+    """Returns the places where two flat arrays differ; 64 bits are compared at a time, as few do."""
+    each = 8 // first.dtype.itemsize
+    whole = len(first) // each * each
+    wide = [values[:whole].view(np.uint64) for values in (first, second)]
+    found = []
+    for begin in range(0, len(wide[0]), _BLOCK):
+        part = [values[begin : begin + _BLOCK] for values in wide]
+        words = np.flatnonzero(part[0] != part[1])
+        inner = np.flatnonzero(part[0][words].view(first.dtype) != part[1][words].view(first.dtype))
+        places = (words + begin)[inner // each]
+        places *= each
+        places += inner % each
+        found.append(places)
+    return np.concatenate((*found, whole + np.flatnonzero(first[whole:] != second[whole:])))
 
 
 def _from_varints(data: bytes) -> npt.NDArray[np.uint64]:
