@@ -17,6 +17,7 @@ from adapterhub_tools.model.version import VERSION
 if TYPE_CHECKING:
     from adapterhub_tools.api import (
         adapter_digest,
+        combine_adapters,
         content_digest,
         convert,
         extract,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress, SilentProgress
     from adapterhub_tools.model.tensor import TensorSpec
     from adapterhub_tools.ops.base_report import BaseReport
+    from adapterhub_tools.ops.combine_report import CombinedInput, CombineReport
     from adapterhub_tools.ops.hash import ContentDigest
     from adapterhub_tools.ops.init import InitReport
     from adapterhub_tools.ops.inspect import AdapterReport
@@ -70,6 +72,7 @@ __version__ = VERSION
 _HOMES = {
     "api": (
         "adapter_digest",
+        "combine_adapters",
         "content_digest",
         "convert",
         "extract",
@@ -107,6 +110,7 @@ _HOMES = {
     "model.manifest": ("FileRecord", "HistoryEntry", "HistoryInput", "Manifest"),
     "model.protocols": ("Progress", "SilentProgress"),
     "model.tensor": ("TensorSpec",),
+    "ops.combine_report": ("CombinedInput", "CombineReport"),
     "ops.hash": ("ContentDigest",),
     "ops.init": ("InitReport",),
     "ops.base_report": ("BaseReport",),
@@ -126,6 +130,8 @@ __all__ = [
     "AdapterReport",
     "BaseRef",
     "BaseReport",
+    "CombineReport",
+    "CombinedInput",
     "ContentDigest",
     "FileRecord",
     "FormatError",
@@ -159,6 +165,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "adapter_digest",
+    "combine_adapters",
     "content_digest",
     "convert",
     "extract",

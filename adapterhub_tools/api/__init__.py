@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_tools.api.combining import combine_adapters
 from adapterhub_tools.api.exchange import list_adapters, pull, push
 from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Reference",
     "adapter_digest",
+    "combine_adapters",
     "content_digest",
     "convert",
     "extract",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_tools.api.paths import Reference, local_path, optional_path
+from adapterhub_tools.api.paths import Reference, optional_path
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
@@ -65,7 +65,7 @@ def svd_shrink(
     from adapterhub_tools.ops.rank_policy import RankPolicy
     from adapterhub_tools.ops.shrink_options import ShrinkOptions
 
-    choices = _choices(
+    choices = policy_choices(
         rank=rank,
         energy=energy,
         max_error=max_error,
@@ -216,11 +216,12 @@ def extract(
         LossyError: changes that no adapter can express, unless allowed.
         StoreError: could not read or write; the destination is untouched.
     """
+    from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import extract as op
     from adapterhub_tools.ops.extract_options import ExtractOptions
     from adapterhub_tools.ops.rank_policy import RankPolicy
 
-    choices = _choices(
+    choices = policy_choices(
         rank=rank,
         energy=energy,
         max_error=max_error,
@@ -242,10 +243,11 @@ def extract(
         threads=threads,
         dry_run=dry_run,
     )
-    return op.extract(local_path(base), local_path(tuned), optional_path(out), options, progress)
+    with resolve.base_folder(base) as before, resolve.base_folder(tuned) as after:
+        return op.extract(before, after, optional_path(out), options, progress)
 
 
-def _choices(**policies: Any) -> dict[str, Any]:
+def policy_choices(**policies: Any) -> dict[str, Any]:
     """Returns the policies in a form that a history can keep."""
     rank = policies["rank"]
     return {**policies, "rank": rank if isinstance(rank, int | str) or rank is None else list(rank)}

@@ -29,6 +29,7 @@ COMMANDS = {
     "unmerge": "Bring the base of a merge back, bit for bit.",
     "sign": "Sign a folder: a merged model or an adapter.",
     "svd-shrink": "Lower the ranks of an adapter.",
+    "combine": "Make one adapter of several.",
     "convert": "Write an adapter as another method.",
     "extract": "Make an adapter of what a tuned model changed.",
     "push": "Publish an adapter on the Hub or in a registry.",

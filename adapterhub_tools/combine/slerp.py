@@ -30,6 +30,7 @@ class Slerp:
     kind: ClassVar[str] = "factored"
     default_rank: ClassVar[str] = "exact"
     shares_factors: ClassVar[bool] = False
+    needs_angles: ClassVar[bool] = True
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Slerp:

@@ -72,13 +72,14 @@ class CombineOptions:
         }
 
 
-def implementation(method: str, given: Mapping[str, Any], seed: int) -> Any:
+def implementation(method: str, given: Mapping[str, Any], seed: int, *, count: int) -> Any:
     """Returns a method of the registry with the options that were given.
 
     Args:
         method: its name.
         given: option -> value; None counts as not given.
         seed: for methods that draw random numbers.
+        count: the number of adapters.
 
     Raises:
         UnsupportedError: no such method.
@@ -106,11 +107,13 @@ def implementation(method: str, given: Mapping[str, Any], seed: int) -> Any:
                 remedy=f"Give {_flag(name)}.",
             )
     try:
-        return made.from_options(values)
+        found = made.from_options(values)
+        found.check(count)
     except ValueError as error:
         raise MismatchError.of(
             "option", f"{escape(str(error))}.", loc="--method", remedy=f"See the options of {method}."
         ) from error
+    return found
 
 
 def _flag(name: str) -> str:

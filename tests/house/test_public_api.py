@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Commands whose function has another name than the command.
 OTHER_NAME = {
+    "combine": "combine_adapters",  # combine is the folder of the methods
     "hash": "content_digest",  # hash is a builtin, and the function returns one digest
     "list": "list_adapters",  # list is a builtin
 }

@@ -1,0 +1,238 @@
+"""Combines adapters into one: their true deltas, weighted, by any method of the registry ``combine``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
+from adapterhub_tools.model.manifest import HistoryInput
+from adapterhub_tools.model.protocols import Progress, SilentProgress
+from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_adapter
+from adapterhub_tools.ops.base_rows import memory_paths
+from adapterhub_tools.ops.combine_bias import with_biases
+from adapterhub_tools.ops.combine_config import common_config, common_side
+from adapterhub_tools.ops.combine_full import CombinedFull, carried_in_full, combine_full
+from adapterhub_tools.ops.combine_inputs import CombineInput, common_base, open_inputs
+from adapterhub_tools.ops.combine_modules import Joint, join_modules, paths_of
+from adapterhub_tools.ops.combine_options import CombineOptions, implementation
+from adapterhub_tools.ops.combine_ranks import choose_ranks
+from adapterhub_tools.ops.combine_report import CombinedInput, CombineReport
+from adapterhub_tools.ops.combine_work import Combined, Work, nbytes_of, refuse_zero_sum
+from adapterhub_tools.ops.hash import tensor_digests
+from adapterhub_tools.ops.low_rank import Tensors
+from adapterhub_tools.ops.shrink_report import ModuleReport
+from adapterhub_tools.ops.spool import Spool
+from adapterhub_tools.ops.to_lora import LowRankParts, complete_biases
+from adapterhub_tools.store.destination import check_destination
+from adapterhub_tools.store.digest import DEFAULT, root_digest
+
+
+def combine(
+    adapters: Sequence[Path], out: Path | None, options: CombineOptions, progress: Progress | None = None
+) -> CombineReport:
+    """Writes one adapter that does what several do together.
+
+    What is combined are the true deltas: scales, rsLoRA, patterns and ranks count as they act, and what a
+    method does to its base (DoRA, …) is evaluated on ``base``. Methods that are sums with coefficients stay
+    factored and exact where all deltas are products; everything else is evaluated by blocks of rows and
+    approximated at the asked rank, with the error measured. Tensors carried in full follow the rules of
+    ops/combine_full.py. The order of the adapters does not change the weights that are written.
+
+    Memory: the factors of one module for each thread, or its delta up to the limit of engine/row_blocks.py.
+
+    Args:
+        adapters: their folders or weight files.
+        out: the folder to make; None only with ``dry_run``.
+        options: see CombineOptions.
+        progress: told the bytes read.
+
+    Raises:
+        FormatError: an adapter is broken, or holds NaN or infinities.
+        UnsupportedError: one is of a sort that cannot be combined.
+        MismatchError: they do not belong together, nothing is left of them, or an option does not fit.
+        IntegrityError: one differs from its manifest, or the base from what a manifest records.
+        StoreError: the output cannot be written; what was there is untouched.
+    """
+    method = implementation(options.method, options.hparams, options.seed, count=len(adapters))
+    paths = [*adapters, *([] if options.base is None else [options.base])]
+    if out is not None:
+        check_destination(out, inputs=paths, replace=options.replace)
+    elif not options.dry_run:
+        raise ValueError("out may be None only in a dry run")
+    from adapterhub_tools.engine.run import default_threads
+
+    progress = progress or SilentProgress()
+    with ExitStack() as stack:
+        inputs = open_inputs(adapters, options.base, stack, progress)
+        order = [item.place for item in inputs]
+        ordered = replace(options, weights=options.weights.reordered(order))
+        tensors = Tensors(stack.enter_context(Spool(out or adapters[0].parent)))
+        work = Work(inputs, method, ordered, tensors, options.threads or default_threads(), progress)
+        carried = carried_in_full(inputs)
+        owners = {name.rpartition(".")[0] for name in carried}
+        weights = ordered.weights.of(sorted({*paths_of(inputs), *owners}))
+        joints = join_modules(inputs, weights, allow_disjoint=options.allow_disjoint)
+        full = combine_full(inputs, carried, weights, options.full, tensors)
+        done = _combine_modules(work, joints, full)
+        report, draft = _finish(work, joints, done, full, options)
+        if options.dry_run or out is None:
+            return report
+        written = write_adapter(
+            draft, out, inputs=paths, replace=options.replace, allow_replace_gap=options.allow_replace_gap
+        )
+    return replace(
+        report,
+        out=str(out),
+        nbytes=written.nbytes,
+        digest=written.digest,
+        config=written.config,
+        notes=report.notes + written.notes,
+    )
+
+
+def _combine_modules(work: Work, joints: Sequence[Joint], full: CombinedFull) -> list[Combined]:
+    from adapterhub_tools.engine.workers import in_order
+
+    budget = None if work.options.policy is None else work.options.policy.budget
+    specs = [item.tensor for item in full.full]
+    in_bytes = budget is not None and budget.unit == "bytes"
+    ranks = choose_ranks(work, joints, sum(spec.nbytes if in_bytes else spec.elements for spec in specs))
+    work.progress.start("combining", sum(nbytes_of(joint) for joint in joints))
+    results = in_order(lambda j: work.combine(j, ranks.get(j.path)), joints, work.threads)
+    done = [with_biases(work, joint, result) for joint, result in zip(joints, results, strict=True)]
+    work.progress.finish()
+    refuse_zero_sum([item.report.norm for item in done if item.report is not None])
+    return done
+
+
+def _finish(
+    work: Work, joints: Sequence[Joint], done: Sequence[Combined], full: CombinedFull, options: CombineOptions
+) -> tuple[CombineReport, Draft]:
+    """Returns the report, and the draft of everything."""
+    inputs = work.inputs
+    modules = [item.module for item in done if item.module is not None]
+    kept = [(j.path, item.reason) for j, item in zip(joints, done, strict=True) if item.module is None]
+    parts, base_modules = _completed(work, modules, full)
+    given = sorted(inputs, key=lambda item: item.place)
+    side, side_notes = common_side(given)
+    config, config_notes = common_config(
+        given, [module.path for module in modules], complete=not kept, tokens=full.tokens
+    )
+    described = Adapter(
+        dialect="peft",
+        method="lora",
+        hparams={},
+        modules=tuple(modules),
+        full=tuple(sorted(parts, key=lambda item: (item.target, item.role))),
+        base=common_base(inputs),
+        unparsed={"config": config},
+        ties=any(item.opened.adapter.ties for item in inputs),
+    )
+    notes = [note for item in given for note in _input_notes(item)]
+    notes += [note for item in done for note in item.notes]
+    reports = [item.report for item in done if item.report is not None]
+    report = combine_report(given, options, reports, described.parameters)
+    report = replace(
+        report,
+        kept=tuple(kept + full.kept),
+        notes=tuple(dict.fromkeys([*notes, *config_notes, *side_notes])),
+    )
+    draft = Draft(
+        adapter=described,
+        contents=work.tensors.contents,
+        history=history_entry(
+            "combine",
+            inputs=[*(item.digest for item in given), *_base_input(inputs)],
+            options={**options.to_json(), "method_options": work.method.to_json()},
+            figures={"energy": report.totals.energy, "error": report.totals.error, "modules": len(reports)},
+        ),
+        side=side,
+        base_modules=base_modules,
+    )
+    return report, draft
+
+
+def combine_report(
+    given: Sequence[CombineInput],
+    options: CombineOptions,
+    reports: Sequence[ModuleReport],
+    parameters: int,
+) -> CombineReport:
+    """Returns the report of a combination before anything is written.
+
+    Args:
+        given: the adapters, in the order given.
+        options: as given.
+        reports: the modules.
+        parameters: values of the output's tensors.
+    """
+    return CombineReport(
+        operation="combine",
+        out=None,
+        dry_run=options.dry_run,
+        modules=tuple(reports),
+        kept=(),
+        parameters_before=sum(item.opened.adapter.parameters for item in given),
+        parameters=parameters,
+        nbytes=0,
+        digest=None,
+        config={},
+        notes=(),
+        method=options.method,
+        space=options.space,
+        weights=options.weights.to_json(),
+        options=dict(options.hparams),
+        inputs=tuple(
+            CombinedInput(
+                label=item.label,
+                path=str(item.path),
+                digest=item.digest.digest,
+                method=item.opened.adapter.method,
+                weight=weight,
+                modules=len(item.opened.adapter.modules),
+                ranks=_ranks(item.opened.adapter.modules),
+            )
+            for item, weight in zip(given, options.weights.default, strict=True)
+        ),
+    )
+
+
+def _ranks(modules: Sequence[TargetModule]) -> dict[str, int]:
+    counts: dict[int, int] = {}
+    for module in modules:
+        rank = module.hparams.get("rank")
+        if isinstance(rank, int):
+            counts[rank] = counts.get(rank, 0) + 1
+    return {str(rank): count for rank, count in sorted(counts.items())}
+
+
+def _input_notes(item: CombineInput) -> list[str]:
+    texts = [*item.opened.adapter.notes, *map(str, item.opened.problems)]
+    return [f"{item.label}: {text}" for text in texts]
+
+
+def _completed(
+    work: Work, modules: Sequence[TargetModule], full: CombinedFull
+) -> tuple[list[FullTensor], tuple[str, ...] | None]:
+    """Adds the base's biases where others are carried, and returns the base's modules, if it is known."""
+    effects = work.inputs[0].effects
+    if effects is None:
+        return full.full, None
+    known = memory_paths(work.inputs[0].opened.adapter, effects.base.checkpoint)
+    parts = LowRankParts(modules=list(modules), full=full.full, base_modules=known)
+    complete_biases(effects, work.tensors, parts)
+    return parts.full, known
+
+
+def _base_input(inputs: Sequence[CombineInput]) -> list[HistoryInput]:
+    """Returns the base as an input: the digest of all tensors that the adapters target."""
+    effects = [item.effects for item in inputs if item.effects is not None]
+    if not effects:
+        return []
+    checkpoint = effects[0].base.checkpoint
+    names = sorted({n for e in effects for n in e.fit.target_names if n in checkpoint.tensors})
+    digests, _ = tensor_digests(checkpoint, algorithm=DEFAULT, names=names)
+    return [HistoryInput(role="base-targets", digest=root_digest(DEFAULT, digests))]
