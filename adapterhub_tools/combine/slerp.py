@@ -50,15 +50,11 @@ class Slerp:
         if count != 2:
             raise ValueError(f"slerp interpolates between two adapters; {count} were given")
 
-    def coefficients(self, weights: tuple[float, ...], inner: Callable[[], Tensor]) -> tuple[float, ...]:
-        """Returns c with ΔW = c₁·ΔW₁ + c₂·ΔW₂.
-
-        Args:
-            weights: w₁ and w₂, at least 0, not both 0.
-            inner: gives the inner products of the two deltas, without their weights, shape (2, 2).
+    def check_weights(self, weights: tuple[float, ...]) -> None:
+        """Refuses weights that name no point between two adapters.
 
         Raises:
-            ValueError: a weight is negative, or both are 0.
+            ValueError: one is negative, or both are 0.
         """
         first, second = weights
         if first < 0 or second < 0 or first + second == 0:
@@ -66,6 +62,19 @@ class Slerp:
                 "the weights of slerp say how far to go from one adapter to the other; they must be at least "
                 f"0 and not both 0: {first:g} and {second:g}"
             )
+
+    def coefficients(self, weights: tuple[float, ...], inner: Callable[[], Tensor]) -> tuple[float, ...]:
+        """Returns c with ΔW = c₁·ΔW₁ + c₂·ΔW₂.
+
+        Args:
+            weights: w₁ and w₂, see ``check_weights``.
+            inner: gives the inner products of the two deltas, without their weights, shape (2, 2).
+
+        Raises:
+            ValueError: the weights are no such.
+        """
+        self.check_weights(weights)
+        first, second = weights
         t = second / (first + second)
         gram = inner()
         norms = sqrt(float(gram[0, 0])) * sqrt(float(gram[1, 1]))

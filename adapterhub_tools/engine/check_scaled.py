@@ -35,7 +35,12 @@ Opener = Callable[[str], "OpenSource"]
 
 def is_scaled(step: Step) -> bool:
     """Says whether a step is one of those that this module computes."""
-    if len(step.terms) != 1 or step.patch is not None or step.start.spec.dtype not in _NARROW:
+    if (
+        len(step.terms) != 1
+        or step.patch is not None
+        or step.combination is not None
+        or step.start.spec.dtype not in _NARROW
+    ):
         return False
     term = step.terms[0]
     place = term.placement

@@ -314,10 +314,14 @@ def _judge(
 
 def is_own(step: Step) -> bool:
     """Says whether this module has its own arithmetic for a step."""
-    return bool(step.terms) and all(
-        can_multiply(term)
-        and term.placement.rows is None
-        and term.placement.columns is None
-        and term.placement.expert is None
-        for term in step.terms
+    return (
+        step.combination is None
+        and bool(step.terms)
+        and all(
+            can_multiply(term)
+            and term.placement.rows is None
+            and term.placement.columns is None
+            and term.placement.expert is None
+            for term in step.terms
+        )
     )

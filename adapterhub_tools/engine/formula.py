@@ -9,6 +9,7 @@ import torch
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import load_whole, matrix_shape, memory_of, torch_dtype
+from adapterhub_tools.engine.combined import combined_formula
 from adapterhub_tools.engine.factor_rows import FactorRows
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.weight import Weight
@@ -25,14 +26,22 @@ def formula(step: Step, open_source: Callable[[str], OpenSource]) -> Expression:
     """Returns the formula of a step's result.
 
     A step whose methods all add deltas that do not depend on the base is their sum; otherwise it has one
-    term, and its method makes the formula.
+    term, and its method makes the formula; or its terms are combined, see engine/combined.py.
 
     Raises:
         FormatError: a factor is not finite.
     """
+    if step.combination is None:
+        return _of_terms(step, step.terms, open_source)
+    return combined_formula(
+        step, lambda terms: _of_terms(step, terms, open_source), _reader(step.start, open_source)
+    )
+
+
+def _of_terms(step: Step, terms: tuple[Term, ...], open_source: Callable[[str], OpenSource]) -> Expression:
     rows, _ = matrix_shape(step.output.shape)
     deltas = []
-    for term in step.terms:
+    for term in terms:
         method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
         places, by_rows = getattr(method, "place_roles", ()), getattr(method, "row_roles", ())
         factors = {

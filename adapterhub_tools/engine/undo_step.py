@@ -78,7 +78,7 @@ def predictor_of(step: Step) -> str:
     """
     methods = [registry.load("methods", term.method).IMPLEMENTATION for term in step.terms]
     exact = methods and all(method.additive and method.guarantee == "exact" for method in methods)
-    return NEGATED_SUM if exact else MERGED
+    return NEGATED_SUM if exact and step.combination is None else MERGED
 
 
 def negated(terms: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_tools.model.combination import Combination
 from adapterhub_tools.model.tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class Step:
         base_name: the base tensor whose content digest this step's ``start`` gives, or None.
         packed: how the rounded result is quantised, and the tensors that it lies in then; None for a plain
             tensor. ``output`` is the result before that, ``file`` and ``offset`` those of its data.
+        combination: how the terms of several adapters are combined; None where they are added.
     """
 
     action: str
@@ -170,6 +172,7 @@ class Step:
     patch: RowPatch | None = None
     base_name: str | None = None
     packed: PackedOutput | None = None
+    combination: Combination | None = None
 
     @property
     def written(self) -> tuple[tuple[TensorSpec, str], ...]:
@@ -190,6 +193,7 @@ class Step:
             "offset": self.offset,
             "base_name": self.base_name,
             **({} if self.packed is None else {"packed": self.packed.to_json()}),
+            **({} if self.combination is None else {"combination": self.combination.to_json()}),
         }
 
     @classmethod
@@ -197,7 +201,7 @@ class Step:
         """Reads what ``to_json`` wrote."""
         from adapterhub_tools.model.packed import PackedOutput
 
-        patch, packed = data["patch"], data.get("packed")
+        patch, packed, combination = data["patch"], data.get("packed"), data.get("combination")
         return cls(
             action=data["action"],
             start=ByteRange.from_json(data["start"]),
@@ -208,6 +212,7 @@ class Step:
             offset=data["offset"],
             base_name=data["base_name"],
             packed=None if packed is None else PackedOutput.from_json(packed),
+            combination=None if combination is None else Combination.from_json(combination),
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from adapterhub_tools.model.combination import CombinationChoice
 from adapterhub_tools.model.undo import UNDO_FILE
 
 RECEIPT_FILE = "merge_receipt.json"
@@ -138,6 +139,12 @@ class Receipt:
     tensors: tuple[ReceiptTensor, ...]
     notes: tuple[str, ...]
     undo: ReceiptUndo | None = None
+
+    @property
+    def combination(self) -> CombinationChoice | None:
+        """How the adapters were combined; None where they were added up."""
+        found = self.options.get("combination")
+        return None if found is None else CombinationChoice.from_json(found)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the receipt as it stands in the file."""

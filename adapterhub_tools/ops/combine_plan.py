@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adapterhub_tools import registry
-from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
+from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError, escape
 from adapterhub_tools.model.combination import Combination, CombinationChoice, CombinedInput
 from adapterhub_tools.model.plan import Step, Term
 from adapterhub_tools.ops.combine_weights import Weights
@@ -28,21 +28,21 @@ def combined_parts(parts: Sequence[Part], choice: CombinationChoice | None) -> l
     """
     if choice is None:
         return list(parts)
-    uris = [part.uri for part in parts]
-    if len(set(uris)) != len(uris):
-        twice = next(uri for uri in uris if uris.count(uri) > 1)
-        raise MismatchError.of(
-            "adapter-twice",
-            "the same adapter is given twice.",
-            file=twice,
-            remedy="Give it once, with the sum of its weights.",
-        )
+    keys = [checked_digest(part) for part in parts]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise MismatchError.of(
+                "duplicate",
+                f"it is the same adapter as {escape(parts[keys.index(key)].label)}.",
+                file=parts[number].label,
+                remedy="Give it once, with the sum of both weights.",
+            )
     paths = sorted({module.path for part in parts for module in part.fit.modules})
     weights = Weights(default=tuple(part.scale for part in parts), patterns=choice.weights).of(paths)
     return [
         replace(
             part,
-            key=checked_digest(part),
+            key=keys[number],
             module_scales={path: found[number] for path, found in weights.items()} if choice.weights else {},
         )
         for number, part in enumerate(parts)

@@ -14,6 +14,7 @@ from adapterhub_tools.model.canonical import canonical_json
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter, ReceiptTensor
 from adapterhub_tools.model.version import VERSION
+from adapterhub_tools.ops.combine_plan import combined_parts
 from adapterhub_tools.ops.device import device_of
 from adapterhub_tools.ops.merge_base_check import (
     check_records,
@@ -80,7 +81,7 @@ def merge(
     options, wanted = replayed(options, adapters, opened)
     scales = options.scale_of_each(len(adapters))
     checkpoint = open_checkpoint(base)
-    parts = fit_all(opened, adapters, scales, checkpoint)
+    parts = combined_parts(fit_all(opened, adapters, scales, checkpoint), options.combination)
     check_records(parts, checkpoint, options)
     algorithm = recorded_algorithm(opened)
     device = device_of(options.device)
@@ -194,6 +195,9 @@ def _write(
     if checkpoint.index_file is not None:
         staged.write_bytes(checkpoint.index_file, index_text(checkpoint, planned.plan))
     digest = root_digest(algorithm, result.outputs)
+    guarantee = guarantee_of(part.opened.adapter.method for part in parts)
+    if any(step.combination is not None for step in planned.plan.steps):
+        guarantee = "tolerance"
     receipt = Receipt(
         tool_version=VERSION,
         base=base,
@@ -213,8 +217,9 @@ def _write(
             "accept_embeddings": options.accept_embeddings,
             "adapter_tokenizer": options.adapter_tokenizer,
             **({} if options.approximates is None else {"approximates_base_of": options.approximates}),
+            **({} if options.combination is None else {"combination": options.combination.to_json()}),
         },
-        guarantee=guarantee_of(part.opened.adapter.method for part in parts),
+        guarantee=guarantee,
         digest=digest,
         config_digest=side.config_digest,
         files={file.name: file.length for file in planned.plan.files},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from adapterhub_tools.model.combination import CombinationChoice
 from adapterhub_tools.model.tensor import DTYPE_NAMES
 
 CHECKS = ("full", "targets", "off")
@@ -37,6 +38,7 @@ class MergeOptions:
             and for a quantised output.
         allow_loss: True to write a quantised output that holds less than half of the change.
         approximates: for an approximate unmerge, the digest of the merged model, for the receipt.
+        combination: how the adapters are combined, with the scales as their weights; None adds them up.
     """
 
     scales: tuple[float, ...] = ()
@@ -55,6 +57,7 @@ class MergeOptions:
     loss: str | None = None
     allow_loss: bool = False
     approximates: str | None = None
+    combination: CombinationChoice | None = None
 
     def scale_of_each(self, adapters: int) -> tuple[float, ...]:
         """Returns one factor for each of so many adapters.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adapterhub_tools.model.plan import ByteRange, RowPatch, Term
@@ -20,12 +21,20 @@ class Part:
         fit: how it lies on the base.
         scale: the caller's factor on its delta.
         label: what to call it in messages and as the start of its file's name.
+        module_scales: module path -> a factor on its delta in place of ``scale``.
+        key: the adapter's digest, where adapters are combined.
     """
 
     opened: OpenedAdapter
     fit: Fit
     scale: float
     label: str
+    module_scales: Mapping[str, float] = field(default_factory=dict)
+    key: str = ""
+
+    def scale_of(self, path: str) -> float:
+        """Returns the factor on a module's delta."""
+        return self.module_scales.get(path, self.scale)
 
     def range_of(self, spec: TensorSpec) -> ByteRange:
         """Returns where a tensor of the adapter is."""

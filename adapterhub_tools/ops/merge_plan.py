@@ -13,6 +13,7 @@ from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError
 from adapterhub_tools.model.plan import ByteRange, OutputFile, Placement, Plan, RowPatch, Step, Term
 from adapterhub_tools.model.protocols import OpenSource
 from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
+from adapterhub_tools.ops.combine_plan import combined_steps
 from adapterhub_tools.ops.fit import is_embedding, is_head_bias
 from adapterhub_tools.ops.joint_changes import check_joint
 from adapterhub_tools.ops.merge_options import MergeOptions
@@ -73,12 +74,14 @@ def plan_merge(
         _add_full(part, changes, problems, by_uri)
     if problems:
         raise MismatchError(*problems)
-    _refuse_mixtures(changes)
+    if options.combination is None:
+        _refuse_mixtures(changes)
     check_joint(checkpoint, parts, changes)
     base_range = checkpoint.range_of
     ties = settle_ties(parts, changes, base_range, checkpoint)
     rows = _grown_rows(checkpoint, parts, changes, ties)
     steps, files = _lay_out(checkpoint, changes, options, base_range)
+    steps = combined_steps(steps, parts, options.combination)
     read = {step.base_name for step in steps if step.base_name is not None}
     targets = sorted({n for part in parts for n in part.fit.target_names if n in checkpoint.tensors})
     stored = checkpoint.on_disk
@@ -125,7 +128,7 @@ def _opener(checkpoint: Checkpoint, file: str) -> Callable[[], OpenSource]:
 def _add_terms(part: Part, changes: dict[str, Change]) -> None:
     shared = {role: part.range_of(spec) for role, spec in part.fit.shared.items()}
     for module in part.fit.modules:
-        hparams = {**module.hparams, "multiplier": part.scale, "kind": module.kind}
+        hparams = {**module.hparams, "multiplier": part.scale_of(module.path), "kind": module.kind}
         if part.fit.extent is not None:
             hparams["extent"] = list(part.fit.extent)
         place = part.fit.placements.get(module.path)

@@ -33,10 +33,10 @@ def replayed(
     """
     if options.replay is None:
         return options, None
-    if options.scales or options.dtype is not None:
+    if options.scales or options.dtype is not None or options.combination is not None:
         raise MismatchError.of(
             "replay-options",
-            "scales and dtype were given, but the receipt decides them.",
+            "scales, dtype or a combination were given, but the receipt decides them.",
             loc="--replay",
             remedy="Leave --scale and --dtype out.",
         )
@@ -56,6 +56,7 @@ def replayed(
         dtype=receipt.options["dtype"],
         accept_embeddings=receipt.options["accept_embeddings"],
         adapter_tokenizer=receipt.options["adapter_tokenizer"],
+        combination=receipt.combination,
     ), receipt
 
 

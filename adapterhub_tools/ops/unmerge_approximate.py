@@ -8,9 +8,12 @@ where u' > u, and else not at all but for ties.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from adapterhub_tools import registry
 from adapterhub_tools.errors import LossyError, UnsupportedError
+from adapterhub_tools.model.combination import CombinationChoice
 from adapterhub_tools.model.protocols import Progress
 from adapterhub_tools.model.receipt import Receipt
 from adapterhub_tools.ops.merge import merge
@@ -56,6 +59,7 @@ def approximate(
             dry_run=options.dry_run,
             check_base="off",
             accept_embeddings=True,
+            combination=_negated(receipt.combination),
             approximates=receipt.digest,
         ),
         progress,
@@ -95,6 +99,26 @@ def _refuse(receipt: Receipt) -> None:
                 loc="--approximate",
                 remedy="Use the base itself; or merge with --undo next time.",
             )
+
+
+def _negated(choice: CombinationChoice | None) -> CombinationChoice | None:
+    """Returns a combination that subtracts what another added.
+
+    Raises:
+        UnsupportedError: it was no sum.
+    """
+    if choice is None:
+        return None
+    made = registry.load("combine", choice.method).IMPLEMENTATION
+    if not hasattr(made, "coefficients") or getattr(made, "needs_angles", False):
+        raise UnsupportedError.of(
+            "combined",
+            f"the adapters were combined by {choice.method}, which is no sum that could be subtracted.",
+            loc="--approximate",
+            remedy="Use the base itself; or merge with --undo next time.",
+        )
+    weights = {pattern: tuple(-weight for weight in found) for pattern, found in choice.weights.items()}
+    return replace(choice, weights=weights)
 
 
 def _error(merged: Checkpoint, found: Checkpoint, names: Sequence[str]) -> tuple[int, float]:

@@ -14,6 +14,7 @@ from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt
 from adapterhub_tools.model.tensor import FLOAT_DTYPES
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import read_adapter
+from adapterhub_tools.ops.combine_plan import combined_parts
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
@@ -83,9 +84,10 @@ def verify(
             unchecked=error.problems if unread else (),
         )
     parts = _parts(adapters, checkpoint, receipt, options, problems)
-    planned = plan_merge(
-        checkpoint, parts, MergeOptions(check_base="off", accept_embeddings=True), lambda _: 0
-    )
+    choice = None if receipt is None else receipt.combination
+    parts = combined_parts(parts, choice)
+    asked = MergeOptions(check_base="off", accept_embeddings=True, combination=choice)
+    planned = plan_merge(checkpoint, parts, asked, lambda _: 0)
     config_problems, notes = account_config(checkpoint, result, planned)
     notes += account_tokenizer(checkpoint, result, parts)
     run = _Run(planned, result, receipt, options, device, progress or SilentProgress())
