@@ -237,6 +237,9 @@ def merge(
     adapter_tokenizer: bool = False,
     undo: bool = False,
     replay: Reference | None = None,
+    onto: str | None = None,
+    quant: str | None = None,
+    compute_dtype: str | None = None,
     loss: str | None = None,
     allow_loss: bool = False,
     sign: Reference | None = None,
@@ -262,6 +265,14 @@ def merge(
         undo: whether to write also what brings the base back, bit for bit; see ``unmerge``.
         replay: the receipt of the merge to repeat, or its folder: it decides scales and dtype, and the result
             must be its.
+        onto: ``"dequantized"``: the weights that an adapter trained on a quantised base has seen;
+            ``"original"``: the base as it is stored in 16 or 32 bits; ``"quantized"``: the former, written in
+            the base's own format. None takes the first where the base is stored quantised, or it is known how
+            it was, and the second elsewhere.
+        quant: how the base was quantised while it was loaded for training: ``"nf4"``, ``"nf4,double"``,
+            ``"fp4"``, ``"int8"``; None takes the manifest's record.
+        compute_dtype: the dtype of the dequantised weights: ``"bf16"``, ``"fp16"`` or ``"fp32"``; None takes
+            the record of the manifest or of the base.
         loss: whether to measure first how much of the change the output holds: ``"sampled"``, ``"full"`` or
             ``"off"``; None takes a sample in a dry run of a local base, and for a quantised output.
         allow_loss: whether a quantised output may hold less than half of the change.
@@ -301,6 +312,9 @@ def merge(
         undo=undo,
         replay=optional_path(replay),
         sign=optional_path(sign),
+        onto=onto,
+        quant=quant,
+        compute_dtype=compute_dtype,
         loss=loss,
         allow_loss=allow_loss,
     )

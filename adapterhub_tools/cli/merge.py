@@ -76,6 +76,22 @@ _SHOWN = 5
     help="Sign OUT with this private key, a PEM file (extra [sign]).",
 )
 @click.option(
+    "--onto",
+    type=click.Choice(["dequantized", "original", "quantized"]),
+    help="What to merge onto: the quantised weights that the adapter was trained on, as 16-bit ones; the "
+    "base as it is stored; or the former, written in the base's own format.",
+)
+@click.option(
+    "--quant",
+    metavar="SCHEME",
+    help="How the base was quantised while training: nf4, nf4,double, fp4, int8; else the manifest says it.",
+)
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="The dtype that the quantised weights were computed with; else the manifest or the base says it.",
+)
+@click.option(
     "--loss",
     type=click.Choice(["sampled", "full", "off"]),
     help="Measure first how much of the change the output holds; a dry run takes a sample.",
@@ -99,6 +115,9 @@ def command(
     undo: bool,
     replay: Path | None,
     sign: Path | None,
+    onto: str | None,
+    quant: str | None,
+    compute_dtype: str | None,
     loss: str | None,
     allow_loss: bool,
     as_json: bool,
@@ -130,6 +149,9 @@ def command(
         undo=undo,
         replay=replay,
         sign=sign,
+        onto=onto,
+        quant=quant,
+        compute_dtype=compute_dtype,
         loss=loss,
         allow_loss=allow_loss,
         progress=progress_for(output),

@@ -66,6 +66,12 @@ class QuantScheme:
         nested = ", scales quantised" if self.double else ""
         return f"{self.format.upper()} in blocks of {self.block_size}{nested}"
 
+    @property
+    def spelled(self) -> str:
+        """What ``parse`` reads as a scheme of the same values, such as ``"nf4,double,64"``."""
+        words = ["double"] * self.double + [str(size) for size in (self.block_size,) if size is not None]
+        return ",".join((self.format, *words))
+
     def same_values(self, other: QuantScheme) -> bool:
         """Tells whether both give the same weights, however their bytes are stored."""
         mine = (self.format, self.double, self.block_size)

@@ -16,13 +16,14 @@ from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter
 from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.combine_plan import combined_parts
 from adapterhub_tools.ops.device import device_of
+from adapterhub_tools.ops.merge_base import MergeBase, settle_base
 from adapterhub_tools.ops.merge_base_check import (
     check_records,
     checked_digest,
     compare_base,
     recorded_algorithm,
 )
-from adapterhub_tools.ops.merge_inputs import fit_all, open_mergeable
+from adapterhub_tools.ops.merge_inputs import open_mergeable
 from adapterhub_tools.ops.merge_loss import measured_loss
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_outputs import SideOutputs, index_text, side_outputs
@@ -31,6 +32,7 @@ from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.merge_replay import compare_replay, replayed
 from adapterhub_tools.ops.merge_report import MergeReport, merge_notes, report_of
 from adapterhub_tools.ops.module_kinds import guarantee_of
+from adapterhub_tools.ops.requantised_plan import requantised
 from adapterhub_tools.ops.sign import commit_signed
 from adapterhub_tools.ops.undo_plan import plan_undo
 from adapterhub_tools.ops.undo_record import UndoRecording, recording
@@ -80,8 +82,9 @@ def merge(
     opened = [open_mergeable(path, options) for path in adapters]
     options, wanted = replayed(options, adapters, opened)
     scales = options.scale_of_each(len(adapters))
-    checkpoint = open_checkpoint(base)
-    parts = combined_parts(fit_all(opened, adapters, scales, checkpoint), options.combination)
+    started = settle_base(open_checkpoint(base), opened, adapters, scales, options)
+    checkpoint = started.checkpoint
+    parts = combined_parts(started.parts, options.combination)
     check_records(parts, checkpoint, options)
     algorithm = recorded_algorithm(opened)
     device = device_of(options.device)
@@ -92,8 +95,10 @@ def merge(
     # A base that comes over a network is read from front to back; the bytes are the same.
     threads = 1 if checkpoint.is_remote else options.threads or default_threads()
     planned = plan_merge(checkpoint, parts, options, lambda steps: buffer_bytes(steps, threads))
-    side = side_outputs(checkpoint, planned, parts, options)
-    notes = merge_notes(parts, planned, side)
+    if started.onto == "quantized":
+        planned = requantised(planned, checkpoint.on_disk, started.weights, options)
+    side = side_outputs(started, planned, parts, options)
+    notes = started.notes + merge_notes(parts, planned, side)
     digests = [checked_digest(part) for part in parts]
     undo = plan_undo(checkpoint, planned, side, parts, options)
     if out is not None:
@@ -103,7 +108,7 @@ def merge(
         planned,
         options,
         remote=checkpoint.is_remote,
-        quantised=False,
+        quantised=started.onto == "quantized",
         threads=threads,
         device=device,
         progress=progress or SilentProgress(),
@@ -124,7 +129,7 @@ def merge(
             parts,
             digests,
             notes,
-            checkpoint,
+            started,
             options,
             algorithm,
             device,
@@ -157,7 +162,7 @@ def _write(
     parts: Sequence[Part],
     digests: Sequence[str],
     notes: tuple[str, ...],
-    checkpoint: Checkpoint,
+    started: MergeBase,
     options: MergeOptions,
     algorithm: str,
     device: str,
@@ -187,6 +192,7 @@ def _write(
         raise staged.error(error, "write the weights", "") from error
     for file in planned.plan.files:
         staged.mark_synced(file.name)
+    checkpoint = started.checkpoint
     base = compare_base(result.base, planned, parts, checkpoint, options, algorithm)
     side_files = {name: staged.copy_file(source, name)[1] for name, source in side.copied.items()}
     for name, data in side.written.items():
@@ -216,6 +222,7 @@ def _write(
             "dtype": options.dtype,
             "accept_embeddings": options.accept_embeddings,
             "adapter_tokenizer": options.adapter_tokenizer,
+            **started.receipt_options,
             **({} if options.approximates is None else {"approximates_base_of": options.approximates}),
             **({} if options.combination is None else {"combination": options.combination.to_json()}),
         },
@@ -226,18 +233,23 @@ def _write(
         side_files=side_files,
         tensors=tuple(
             ReceiptTensor(
-                name=step.output.name,
-                dtype=step.output.dtype,
-                shape=step.output.shape,
-                digest=result.outputs[step.output.name].hex(),
+                name=spec.name,
+                dtype=spec.dtype,
+                shape=spec.shape,
+                digest=result.outputs[spec.name].hex(),
                 action=step.action,
             )
             for step in planned.plan.steps
+            for spec, _ in step.written
         ),
         notes=notes,
         undo=record.write(base, digest, digests),
     )
-    same = frozenset(name for name, digest in result.outputs.items() if result.base.get(name) == digest)
+    same = frozenset(
+        step.output.name
+        for step in planned.plan.steps
+        if all(result.base.get(spec.name) == result.outputs[spec.name] for spec, _ in step.written)
+    )
     return receipt, result.resolved, same
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from adapterhub_tools.errors import FormatError, IntegrityError, UnsupportedError, raise_for
 from adapterhub_tools.model.receipt import ReceiptBase
@@ -12,9 +13,11 @@ from adapterhub_tools.ops.base_config import tie_problems
 from adapterhub_tools.ops.manifest_record import OTHER_TARGETS, check_record, module_base_problems
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
-from adapterhub_tools.ops.merge_plan import MergePlan
 from adapterhub_tools.store.checkpoint import Checkpoint
 from adapterhub_tools.store.digest import DEFAULT, config_digest, root_digest, split_digest
+
+if TYPE_CHECKING:
+    from adapterhub_tools.ops.merge_plan import MergePlan
 
 
 def recorded_algorithm(opened: Sequence[OpenedAdapter]) -> str:
@@ -87,7 +90,8 @@ def compare_base(
         manifest = part.opened.manifest
         if manifest is None or options.check_base == "off":
             continue
-        own = root_digest(algorithm, {name: digests[name] for name in part.fit.target_names})
+        names = checkpoint.stored_names(part.fit.target_names)
+        own = root_digest(algorithm, {name: digests[name] for name in names})
         pairs: list[tuple[str, str | None, str | None]] = [
             ("base-targets", manifest.base.targets_digest, own)
         ]

@@ -11,6 +11,7 @@ from adapterhub_tools.model.tensor import DTYPE_NAMES
 
 CHECKS = ("full", "targets", "off")
 LOSS_KINDS = ("sampled", "full", "off")
+TARGETS = ("dequantized", "original", "quantized")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,13 @@ class MergeOptions:
         undo: True to write beside the weights what brings the base back, bit for bit.
         replay: the receipt of the merge to repeat: it decides scales and dtype, and the result must be its.
         sign: a private key that signs the output; see store/signature.py.
+        onto: what is merged onto: ``"dequantized"``, the weights that an adapter trained on a quantised base
+            has seen; ``"original"``, the base in 16 or 32 bits; ``"quantized"``, the former, written in the
+            base's own format; None takes the first where the base is stored quantised or a scheme is known,
+            else the second.
+        quant: how the base was quantised while it was loaded for training, such as ``"nf4,double"``; None
+            takes the manifest's record.
+        compute_dtype: the dtype that weights were dequantised to while training; None takes the record.
         loss: how much of the change the output holds is measured first: ``"sampled"`` on some rows of each
             tensor, ``"full"`` on all, ``"off"`` not at all; None takes a sample in a dry run of a local base
             and for a quantised output.
@@ -54,6 +62,9 @@ class MergeOptions:
     undo: bool = False
     replay: Path | None = None
     sign: Path | None = None
+    onto: str | None = None
+    quant: str | None = None
+    compute_dtype: str | None = None
     loss: str | None = None
     allow_loss: bool = False
     approximates: str | None = None
@@ -87,6 +98,8 @@ class MergeOptions:
             raise ValueError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, not {self.dtype!r}")
         if self.check_base not in CHECKS:
             raise ValueError(f"check_base must be one of {', '.join(CHECKS)}, not {self.check_base!r}")
+        if self.onto is not None and self.onto not in TARGETS:
+            raise ValueError(f"onto must be one of {', '.join(TARGETS)}, not {self.onto!r}")
         if self.loss is not None and self.loss not in LOSS_KINDS:
             raise ValueError(f"loss must be one of {', '.join(LOSS_KINDS)}, not {self.loss!r}")
         if self.device not in ("auto", "cpu", "cuda"):

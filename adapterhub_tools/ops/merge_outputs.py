@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.model.plan import Plan
+from adapterhub_tools.model.tensor import DTYPE_NAMES
 from adapterhub_tools.ops.base_config import quantisation_notes
+from adapterhub_tools.ops.merge_base import MergeBase
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan
@@ -18,6 +20,8 @@ from adapterhub_tools.store.checkpoint import Checkpoint
 from adapterhub_tools.store.digest import config_digest
 from adapterhub_tools.store.files import resolve_inside
 from adapterhub_tools.store.side_files import classify, is_tokenizer_file
+
+_NAMES = {short: name for name, short in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +44,20 @@ class SideOutputs:
 
 
 def side_outputs(
-    checkpoint: Checkpoint, planned: MergePlan, parts: Sequence[Part], options: MergeOptions
+    started: MergeBase, planned: MergePlan, parts: Sequence[Part], options: MergeOptions
 ) -> SideOutputs:
     """Decides what goes along.
+
+    Args:
+        started: the base.
+        planned: the plan.
+        parts: the adapters.
+        options: what was asked.
 
     Raises:
         FormatError: a file to copy lies outside its folder.
     """
+    checkpoint = started.checkpoint
     sides = classify(checkpoint.root)
     weights = {*checkpoint.files, checkpoint.index_file, checkpoint.config_file}
     copied = {n: resolve_inside(checkpoint.root, n) for n in sides.copy if n not in weights}
@@ -56,6 +67,7 @@ def side_outputs(
     digest = None
     if checkpoint.config is not None and checkpoint.config_file is not None:
         config, changes = _new_config(checkpoint.config, planned, options)
+        changes += _plain_config(config, started, options)
         digest = config_digest(config)
         notes += changes
         if changes:
@@ -63,7 +75,7 @@ def side_outputs(
             written[checkpoint.config_file] = text.encode("utf-8")
         else:
             copied[checkpoint.config_file] = resolve_inside(checkpoint.root, checkpoint.config_file)
-    notes += quantisation_notes(checkpoint)
+    notes += quantisation_notes(checkpoint.on_disk)
     nbytes = sum(path.stat().st_size for path in copied.values()) + sum(map(len, written.values()))
     return SideOutputs(
         copied=copied, written=written, config_digest=digest, notes=tuple(notes), nbytes=nbytes
@@ -124,13 +136,32 @@ def _new_config(
     return new, notes
 
 
+def _plain_config(config: dict[str, Any], started: MergeBase, options: MergeOptions) -> list[str]:
+    """Takes the quantisation out of the config of an output that is not quantised, and says so."""
+    if started.onto != "dequantized" or started.scheme is None:
+        return []
+    notes = []
+    for holder in {id(part): part for part in (config, text_config(config))}.values():
+        if holder.pop("quantization_config", None) is not None:
+            notes.append("config: quantization_config is taken out, the weights are not quantised any more")
+        # A loader that takes the config's dtype would round the weights again.
+        compute = _NAMES.get(started.scheme.compute_dtype or "")
+        key = "dtype" if "dtype" in holder else "torch_dtype"
+        if (
+            options.dtype is None
+            and compute is not None
+            and holder.get(key) not in (None, compute, "float32")
+        ):
+            notes.append(f"config: {key} {holder[key]} -> {compute}, that of the dequantised weights")
+            holder[key] = compute
+    return notes
+
+
 def index_text(checkpoint: Checkpoint, plan: Plan) -> bytes:
     """Returns the index of the output: the base's metadata with the sizes that are true now, names sorted."""
     metadata = dict(checkpoint.index_metadata)
-    metadata["total_size"] = sum(step.output.nbytes for step in plan.steps)
-    if "total_parameters" in metadata:
+    metadata["total_size"] = sum(spec.nbytes for step in plan.steps for spec, _ in step.written)
+    if "total_parameters" in metadata and not any(step.packed for step in plan.steps):
         metadata["total_parameters"] = sum(step.output.elements for step in plan.steps)
-    weight_map = {
-        step.output.name: step.file for step in sorted(plan.steps, key=lambda step: step.output.name)
-    }
+    weight_map = dict(sorted((spec.name, file) for step in plan.steps for spec, file in step.written))
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode("utf-8")

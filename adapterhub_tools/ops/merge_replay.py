@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterhub_tools.errors import IntegrityError, MismatchError, Problem
+from adapterhub_tools.model.quant_scheme import QuantScheme
 from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
@@ -33,12 +34,13 @@ def replayed(
     """
     if options.replay is None:
         return options, None
-    if options.scales or options.dtype is not None or options.combination is not None:
+    told = (options.dtype, options.combination, options.onto, options.quant, options.compute_dtype)
+    if options.scales or any(option is not None for option in told):
         raise MismatchError.of(
             "replay-options",
-            "scales, dtype or a combination were given, but the receipt decides them.",
+            "scales, dtype, a combination or what to merge onto were given, but the receipt decides them.",
             loc="--replay",
-            remedy="Leave --scale and --dtype out.",
+            remedy="Leave --scale, --dtype, --onto, --quant and --compute-dtype out.",
         )
     receipt = load_receipt(options.replay)
     wanted = [adapter.digest for adapter in receipt.adapters]
@@ -50,8 +52,13 @@ def replayed(
             file=", ".join(map(str, paths)),
             remedy="Give the adapters of that merge in its order.",
         )
+    said = receipt.options.get("quantisation")
+    scheme = None if said is None else QuantScheme.from_json(said, loc="/options/quantisation")
     return replace(
         options,
+        onto=receipt.options.get("onto", "original"),
+        quant=None if scheme is None else scheme.spelled,
+        compute_dtype=None if scheme is None else scheme.compute_dtype,
         scales=tuple(adapter.scale for adapter in receipt.adapters),
         dtype=receipt.options["dtype"],
         accept_embeddings=receipt.options["accept_embeddings"],

@@ -133,7 +133,7 @@ def report_of(
         changed=len(names & expected),
         expected=len(expected),
         modules=sum(len(part.fit.modules) for part in parts),
-        tensors=len(planned.plan.steps),
+        tensors=sum(len(step.written) for step in planned.plan.steps),
         nbytes=planned.plan.written_bytes,
         peak_bytes=planned.plan.peak_bytes,
         digest=None if receipt is None else receipt.digest,

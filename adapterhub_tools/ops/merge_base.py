@@ -1,0 +1,295 @@
+"""What a merge starts from: the base as it is stored, or the quantised weights that an adapter has seen.
+
+An adapter trained with QLoRA has seen the dequantised weights, not those of the 16-bit base. What it saw is
+known from a base that is stored quantised, from the manifest, or from the caller; it is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterhub_tools.architectures import lookup
+from adapterhub_tools.errors import IntegrityError, MismatchError, Problem, UnsupportedError
+from adapterhub_tools.model.manifest import MANIFEST_NAME
+from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
+from adapterhub_tools.model.tensor import FLOAT_DTYPES
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.ops.dequantised_view import loaded_view, stored_view
+from adapterhub_tools.ops.loaded_modules import loaded_modules
+from adapterhub_tools.ops.merge_inputs import fit_all
+from adapterhub_tools.ops.merge_options import MergeOptions
+from adapterhub_tools.ops.merge_parts import Part
+from adapterhub_tools.ops.quantised_base import quantised_weights, stored_scheme
+from adapterhub_tools.ops.quantised_hints import hint
+from adapterhub_tools.store.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeBase:
+    """What a merge starts from.
+
+    Attributes:
+        onto: ``"original"``, ``"dequantized"`` or ``"quantized"``.
+        scheme: how the weights that the adapter saw were quantised; None if they were not, or unknown.
+        checkpoint: what is merged onto: the base, or a view of its dequantised weights.
+        weights: the base's quantised weights, where it is stored quantised.
+        parts: the adapters, fitted.
+        notes: what was decided by rule.
+    """
+
+    onto: str
+    scheme: QuantScheme | None
+    checkpoint: Checkpoint
+    weights: Mapping[str, QuantizedTensor]
+    parts: list[Part]
+    notes: tuple[str, ...]
+
+    @property
+    def receipt_options(self) -> dict[str, Any]:
+        """What a receipt's ``options`` say of it; nothing for a base that is merged onto as it is stored."""
+        if self.onto == "original" or self.scheme is None:
+            return {}
+        return {"onto": self.onto, "quantisation": self.scheme.to_json()}
+
+
+def settle_base(
+    checkpoint: Checkpoint,
+    opened: Sequence[OpenedAdapter],
+    paths: Sequence[Path],
+    scales: Sequence[float],
+    options: MergeOptions,
+) -> MergeBase:
+    """Decides what is merged onto, and fits the adapters to it.
+
+    Args:
+        checkpoint: the base as it is stored.
+        opened: the adapters.
+        paths: where they were found.
+        scales: the caller's factor for each.
+        options: ``onto``, ``quant`` and ``compute_dtype``.
+
+    Raises:
+        UnsupportedError: the base cannot give what was asked for; an unknown scheme.
+        MismatchError: the scheme is not known, or not the base's; an adapter does not fit.
+        IntegrityError: a manifest records that the base was quantised otherwise.
+        FormatError: a quantised weight lacks a part, or is damaged.
+    """
+    weights = quantised_weights(checkpoint)
+    asked = None
+    if options.quant is not None:
+        asked = QuantScheme.parse(options.quant, compute_dtype=options.compute_dtype)
+    declared = _declared(opened)
+    if weights:
+        base = _stored(checkpoint, weights, asked, declared, opened, paths, scales, options)
+    else:
+        base = _loaded(checkpoint, asked, declared, opened, paths, scales, options)
+    if options.undo and base.onto != "original":
+        raise UnsupportedError.of(
+            "undo-quantised",
+            f"the merge is onto {base.onto} weights, which are no file's: undoing it could not be checked "
+            "against the base, and would not bring it back.",
+            loc="--undo",
+            remedy="Leave --undo out and keep the base, or merge --onto original.",
+        )
+    return base
+
+
+def _stored(
+    checkpoint: Checkpoint,
+    weights: Mapping[str, QuantizedTensor],
+    asked: QuantScheme | None,
+    declared: QuantScheme | None,
+    opened: Sequence[OpenedAdapter],
+    paths: Sequence[Path],
+    scales: Sequence[float],
+    options: MergeOptions,
+) -> MergeBase:
+    scheme = stored_scheme(weights)
+    if scheme is None:
+        raise ValueError("quantised weights have a scheme")
+    if options.onto == "original":
+        raise UnsupportedError.of(
+            "onto-original",
+            f"the base is stored quantised ({scheme.words}); its 16-bit weights are not there.",
+            file=str(checkpoint.root),
+            loc="--onto",
+            remedy="Give the 16-bit base that it was made from, or merge --onto dequantized or quantized.",
+        )
+    if asked is not None and not asked.same_values(scheme):
+        raise _other_scheme(f"the base is stored as {scheme.words}", asked, checkpoint)
+    if options.check_base != "off":
+        _compare_stored(opened, scheme, declared)
+    _refuse_conv1d(checkpoint, weights)
+    onto = options.onto or "dequantized"
+    notes = []
+    compute = _compute_dtype(options, asked)
+    if compute is None and declared is not None:
+        compute = declared.compute_dtype
+    if compute not in (None, scheme.compute_dtype) and scheme.compute_dtype is not None:
+        notes.append(f"the compute dtype is {compute}; the base's config says {scheme.compute_dtype}")
+    scheme = replace(scheme, compute_dtype=compute or scheme.compute_dtype)
+    view = stored_view(checkpoint, weights, scheme.compute_dtype)
+    where = "as the base has it" if onto == "quantized" else "dequantised"
+    notes.append(f"merged onto the base's {scheme.words} weights, written {where}")
+    return MergeBase(
+        onto=onto,
+        scheme=scheme,
+        checkpoint=view,
+        weights=weights,
+        parts=fit_all(opened, paths, scales, view),
+        notes=tuple(notes),
+    )
+
+
+def _loaded(
+    checkpoint: Checkpoint,
+    asked: QuantScheme | None,
+    declared: QuantScheme | None,
+    opened: Sequence[OpenedAdapter],
+    paths: Sequence[Path],
+    scales: Sequence[float],
+    options: MergeOptions,
+) -> MergeBase:
+    if options.onto == "quantized":
+        raise UnsupportedError.of(
+            "onto-quantized",
+            "the base is not stored quantised, so it has no format of its own to quantise to.",
+            file=str(checkpoint.root),
+            loc="--onto",
+            remedy="Merge --onto dequantized and load the result with a quantisation config, which quantises "
+            "it in the same way; or give a base that is stored quantised.",
+        )
+    if options.onto == "original" and asked is not None:
+        raise MismatchError.of(
+            "quant-unused",
+            f"--quant says {asked.words}, but --onto original does not quantise.",
+            loc="--quant",
+            remedy="Leave one of the two out.",
+        )
+    parts = fit_all(opened, paths, scales, checkpoint)
+    scheme = asked or declared
+    if asked is not None and declared is not None:
+        if not asked.same_values(declared) and options.check_base != "off":
+            raise _other_scheme(f"the manifest records {declared.words}", asked, checkpoint)
+        scheme = replace(asked, compute_dtype=asked.compute_dtype or declared.compute_dtype)
+    onto = options.onto or ("original" if scheme is None else "dequantized")
+    if onto == "original":
+        notes = []
+        if scheme is None and options.onto is None:
+            notes += [text for item in opened if (text := hint(item)) is not None]
+        if scheme is not None:
+            notes.append(f"merged onto the 16-bit base, though the adapter was trained on {scheme.words}")
+        return MergeBase(
+            onto=onto,
+            scheme=scheme,
+            checkpoint=checkpoint,
+            weights={},
+            parts=parts,
+            notes=tuple(dict.fromkeys(notes)),
+        )
+    if scheme is None:
+        raise MismatchError.of(
+            "quant-undeclared",
+            "the base is stored in full, and nothing says how it was quantised while training.",
+            file=str(checkpoint.root),
+            loc="--onto",
+            remedy="Say it with --quant and --compute-dtype, or record it with "
+            "`adaptertool init --quantisation`.",
+        )
+    compute = _compute_dtype(options, asked) or scheme.compute_dtype
+    if compute is None:
+        raise MismatchError.of(
+            "compute-dtype",
+            f"nothing says to which dtype the {scheme.words} weights were dequantised while training.",
+            loc="--compute-dtype",
+            remedy="Give it with --compute-dtype: bnb_4bit_compute_dtype of the run, float32 if it was not "
+            "set; for int8, the dtype that the model was loaded in.",
+        )
+    scheme = replace(scheme, compute_dtype=compute)
+    found = loaded_modules(checkpoint, scheme, parts)
+    return MergeBase(
+        onto=onto,
+        scheme=scheme,
+        checkpoint=loaded_view(checkpoint, scheme, found.weights, compute),
+        weights={},
+        parts=parts,
+        notes=(found.note,),
+    )
+
+
+def _compute_dtype(options: MergeOptions, asked: QuantScheme | None) -> str | None:
+    """Returns the compute dtype that was asked for, as a safetensors dtype."""
+    if asked is not None or options.compute_dtype is None:
+        return None if asked is None else asked.compute_dtype
+    return QuantScheme.parse("nf4", compute_dtype=options.compute_dtype).compute_dtype
+
+
+def _declared(opened: Sequence[OpenedAdapter]) -> QuantScheme | None:
+    """Returns the scheme that the manifests record; they must agree."""
+    found = [
+        QuantScheme.from_json(item.manifest.base.quantisation, file=MANIFEST_NAME, loc="/base/quantisation")
+        for item in opened
+        if item.manifest is not None and item.manifest.base.quantisation is not None
+    ]
+    for other in found[1:]:
+        if not other.same_values(found[0]):
+            raise MismatchError.of(
+                "quant-schemes",
+                f"the adapters were trained on bases that were quantised differently: {found[0].words}, and "
+                f"{other.words}.",
+                file=MANIFEST_NAME,
+                loc="/base/quantisation",
+                remedy="Merge them one after the other, or --onto original.",
+            )
+    return found[0] if found else None
+
+
+def _compare_stored(
+    opened: Sequence[OpenedAdapter], scheme: QuantScheme, declared: QuantScheme | None
+) -> None:
+    """Compares how a base is stored with what the manifests record."""
+    problems = []
+
+    def add(message: str, loc: str) -> None:
+        remedy = "Use the base that the adapter was trained on, or --check-base off."
+        problems.append(
+            Problem(kind="base-quantisation", file=MANIFEST_NAME, loc=loc, message=message, remedy=remedy)
+        )
+
+    if declared is not None and not declared.same_values(scheme):
+        add(f"the base is {scheme.words}; the manifest records {declared.words}.", "/base/quantisation")
+    for item in opened:
+        if item.manifest is None or item.manifest.base.quantisation is not None:
+            continue
+        dtype = item.manifest.base.dtype
+        if dtype in FLOAT_DTYPES:
+            add(f"the base is {scheme.words}; the manifest records a base in {dtype}.", "/base/dtype")
+    if problems:
+        raise IntegrityError(*problems)
+
+
+def _refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]) -> None:
+    """Refuses modules that are (in, out) in memory and in a plain checkpoint, but (out, in) quantised."""
+    architecture = lookup((checkpoint.config or {}).get("model_type"))
+    for name in weights:
+        if architecture is not None and architecture.is_conv1d(name.removesuffix(".weight")):
+            raise UnsupportedError.of(
+                "quantised-conv1d",
+                "it is a Conv1D module, whose quantised weight is stored transposed.",
+                file=checkpoint.tensors[name].file,
+                loc=name,
+                remedy="Merge onto the base in 16 bits, with --onto dequantized and --quant.",
+            )
+
+
+def _other_scheme(known: str, asked: QuantScheme, checkpoint: Checkpoint) -> MismatchError:
+    return MismatchError.of(
+        "quant-scheme",
+        f"{known}; asked for {asked.words}.",
+        file=str(checkpoint.root),
+        loc="--quant",
+        remedy="Leave --quant out, or correct it.",
+    )

@@ -1,0 +1,43 @@
+"""Signs that an adapter was trained on a quantised base, where its manifest does not say so."""
+
+from __future__ import annotations
+
+import re
+
+from adapterhub_tools.errors import escape
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.store.files import resolve_inside
+
+_ID = re.compile(r"(?i)(?:^|[-_./])(?:bnb[-_]?)?(?:4bit|8bit|int4|int8|nf4|fp4|gptq|awq|qlora)(?:$|[-_./])")
+_CARD = re.compile(r"(?m)^- ((?:load_in_[48]bit): True|bnb_4bit_[a-z_]+: \S+)$")
+_MAX_CARD = 1 << 20
+
+
+def hint(opened: OpenedAdapter) -> str | None:
+    """Returns what says that an adapter was trained on a quantised base; None if nothing does.
+
+    Two places are looked at: the name of its base, and the training section that PEFT wrote into its card.
+    """
+    base = opened.adapter.base
+    found = []
+    if base is not None and base.id is not None and _ID.search(base.id):
+        found.append(f"its base is {escape(base.id)}")
+    lines = _card_lines(opened)
+    if any(line.startswith("load_in_") for line in lines):
+        found.append(f"its README says {', '.join(lines[:4])}")
+    if not found:
+        return None
+    return (
+        f"{opened.files.root.name} may have been trained on a quantised base ({'; '.join(found)}), but "
+        "nothing declares how: merged onto the base as it is stored (--quant and --compute-dtype say it, "
+        "--onto original says that it was not)"
+    )
+
+
+def _card_lines(opened: OpenedAdapter) -> list[str]:
+    if "README.md" not in opened.files.other:
+        return []
+    path = resolve_inside(opened.files.root, "README.md")
+    if path.stat().st_size > _MAX_CARD:
+        return []
+    return _CARD.findall(path.read_text(encoding="utf-8", errors="replace"))
