@@ -83,6 +83,15 @@ def verify(
             problems=() if unread else error.problems,
             unchecked=error.problems if unread else (),
         )
+    if receipt is not None and receipt.options.get("onto") is not None:
+        return VerifyReport(
+            path=str(merged),
+            mode=options.sample,
+            device=shown,
+            tensors=(),
+            problems=(),
+            unchecked=(onto_problem(receipt),),
+        )
     parts = _parts(adapters, checkpoint, receipt, options, problems)
     choice = None if receipt is None else receipt.combination
     parts = combined_parts(parts, choice)
@@ -112,6 +121,19 @@ def verify(
         problems=tuple(problems),
         notes=tuple(notes),
         seed=run.seed,
+    )
+
+
+def onto_problem(receipt: Receipt) -> Problem:
+    """Returns why a merge onto quantised weights is not verified from samples, and what checks it."""
+    return Problem(
+        kind="onto",
+        file=RECEIPT_FILE,
+        loc="/options/onto",
+        message=f"it was merged onto {receipt.options['onto']} weights of a quantised base, which are made as "
+        "they are read; this check does not make them.",
+        remedy="Repeat the merge with `adaptertool merge --replay`, which compares every tensor; "
+        "`adaptertool verify --receipt` finds later changes.",
     )
 
 
