@@ -56,7 +56,10 @@ def combine(
         IntegrityError: one differs from its manifest, or the base from what a manifest records.
         StoreError: the output cannot be written; what was there is untouched.
     """
-    method = implementation(options.method, options.hparams, options.seed, count=len(adapters))
+    factors = options.space == "factors"
+    method = None
+    if not factors:
+        method = implementation(options.method, options.hparams, options.seed, count=len(adapters))
     paths = [*adapters, *([] if options.base is None else [options.base])]
     if out is not None:
         check_destination(out, inputs=paths, replace=options.replace)
@@ -64,20 +67,25 @@ def combine(
         raise ValueError("out may be None only in a dry run")
     from adapterhub_tools.engine.run import default_threads
 
-    progress = progress or SilentProgress()
     with ExitStack() as stack:
         inputs = open_inputs(adapters, options.base, stack, progress)
-        order = [item.place for item in inputs]
-        ordered = replace(options, weights=options.weights.reordered(order))
+        if factors:
+            inputs = tuple(sorted(inputs, key=lambda item: item.place))
+        ordered = replace(options, weights=options.weights.reordered([item.place for item in inputs]))
         tensors = Tensors(stack.enter_context(Spool(out or adapters[0].parent)))
-        work = Work(inputs, method, ordered, tensors, options.threads or default_threads(), progress)
         carried = carried_in_full(inputs)
         owners = {name.rpartition(".")[0] for name in carried}
         weights = ordered.weights.of(sorted({*paths_of(inputs), *owners}))
         joints = join_modules(inputs, weights, allow_disjoint=options.allow_disjoint)
-        full = combine_full(inputs, carried, weights, options.full, tensors)
-        done = _combine_modules(work, joints, full)
-        report, draft = _finish(work, joints, done, full, options)
+        if method is None:
+            done = _by_factors(inputs, ordered, tensors, joints)
+            full = combine_full(inputs, carried, weights, "drop", tensors)
+        else:
+            full = combine_full(inputs, carried, weights, options.full, tensors)
+            threads = options.threads or default_threads()
+            work = Work(inputs, method, ordered, tensors, threads, progress or SilentProgress())
+            done = _by_deltas(work, joints, full)
+        report, draft = _finish(inputs, tensors, joints, done, full, options)
         if options.dry_run or out is None:
             return report
         written = write_adapter(
@@ -93,7 +101,7 @@ def combine(
     )
 
 
-def _combine_modules(work: Work, joints: Sequence[Joint], full: CombinedFull) -> list[Combined]:
+def _by_deltas(work: Work, joints: Sequence[Joint], full: CombinedFull) -> list[Combined]:
     from adapterhub_tools.engine.workers import in_order
 
     budget = None if work.options.policy is None else work.options.policy.budget
@@ -108,14 +116,31 @@ def _combine_modules(work: Work, joints: Sequence[Joint], full: CombinedFull) ->
     return done
 
 
+def _by_factors(
+    inputs: Sequence[CombineInput], options: CombineOptions, tensors: Tensors, joints: Sequence[Joint]
+) -> list[Combined]:
+    from adapterhub_tools.linalg.factored_svd import one_thread
+    from adapterhub_tools.ops.combine_factors import FactorWork
+
+    work = FactorWork(inputs, options, tensors)
+    with one_thread():
+        found = {module.path: (module, report) for module, report in work.run(joints)}
+    done = [Combined(module=found[j.path][0], report=found[j.path][1]) for j in joints]
+    return [replace(done[0], notes=tuple(work.notes)), *done[1:]]
+
+
 def _finish(
-    work: Work, joints: Sequence[Joint], done: Sequence[Combined], full: CombinedFull, options: CombineOptions
+    inputs: Sequence[CombineInput],
+    tensors: Tensors,
+    joints: Sequence[Joint],
+    done: Sequence[Combined],
+    full: CombinedFull,
+    options: CombineOptions,
 ) -> tuple[CombineReport, Draft]:
     """Returns the report, and the draft of everything."""
-    inputs = work.inputs
     modules = [item.module for item in done if item.module is not None]
     kept = [(j.path, item.reason) for j, item in zip(joints, done, strict=True) if item.module is None]
-    parts, base_modules = _completed(work, modules, full)
+    parts, base_modules = _completed(inputs, tensors, modules, full)
     given = sorted(inputs, key=lambda item: item.place)
     side, side_notes = common_side(given)
     config, config_notes = common_config(
@@ -142,11 +167,11 @@ def _finish(
     )
     draft = Draft(
         adapter=described,
-        contents=work.tensors.contents,
+        contents=tensors.contents,
         history=history_entry(
             "combine",
             inputs=[*(item.digest for item in given), *_base_input(inputs)],
-            options={**options.to_json(), "method_options": work.method.to_json()},
+            options=options.to_json(),
             figures={"energy": report.totals.energy, "error": report.totals.error, "modules": len(reports)},
         ),
         side=side,
@@ -215,15 +240,15 @@ def _input_notes(item: CombineInput) -> list[str]:
 
 
 def _completed(
-    work: Work, modules: Sequence[TargetModule], full: CombinedFull
+    inputs: Sequence[CombineInput], tensors: Tensors, modules: Sequence[TargetModule], full: CombinedFull
 ) -> tuple[list[FullTensor], tuple[str, ...] | None]:
     """Adds the base's biases where others are carried, and returns the base's modules, if it is known."""
-    effects = work.inputs[0].effects
+    effects = inputs[0].effects
     if effects is None:
         return full.full, None
-    known = memory_paths(work.inputs[0].opened.adapter, effects.base.checkpoint)
+    known = memory_paths(inputs[0].opened.adapter, effects.base.checkpoint)
     parts = LowRankParts(modules=list(modules), full=full.full, base_modules=known)
-    complete_biases(effects, work.tensors, parts)
+    complete_biases(effects, tensors, parts)
     return parts.full, known
 
 

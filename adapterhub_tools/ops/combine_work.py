@@ -121,7 +121,8 @@ class Work:
         effects, target = self.inputs[member.index].effects, member.target
         if effects is None or target is None:
             raise ValueError("a delta that is no product needs the base")
-        return ExpressionPanels(effects.expression(target), effects.weight(target).read, shape)
+        read = effects.weight(target).read
+        return ExpressionPanels(effects.expression(target), read, shape, float(weight))
 
     def rows(self, joint: Joint) -> RowBlocks | None:
         """Returns the combined delta by rows of the stored weight; None where nothing counts."""
