@@ -21,6 +21,7 @@ from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.verify_files import account_config, account_tokenizer
+from adapterhub_tools.ops.verify_receipt import onto_problem
 from adapterhub_tools.ops.verify_report import SAMPLES, TensorVerdict, VerifyOptions, VerifyReport
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 
@@ -121,19 +122,6 @@ def verify(
         problems=tuple(problems),
         notes=tuple(notes),
         seed=run.seed,
-    )
-
-
-def onto_problem(receipt: Receipt) -> Problem:
-    """Returns why a merge onto quantised weights is not verified from samples, and what checks it."""
-    return Problem(
-        kind="onto",
-        file=RECEIPT_FILE,
-        loc="/options/onto",
-        message=f"it was merged onto {receipt.options['onto']} weights of a quantised base, which are made as "
-        "they are read; this check does not make them.",
-        remedy="Repeat the merge with `adaptertool merge --replay`, which compares every tensor; "
-        "`adaptertool verify --receipt` finds later changes.",
     )
 
 

@@ -54,6 +54,19 @@ def verify_receipt(merged: Path, *, threads: int | None, progress: Progress | No
     )
 
 
+def onto_problem(receipt: Receipt) -> Problem:
+    """Returns why a merge onto quantised weights is not verified from samples, and what checks it."""
+    return Problem(
+        kind="onto",
+        file=RECEIPT_FILE,
+        loc="/options/onto",
+        message=f"it was merged onto {receipt.options['onto']} weights of a quantised base, which are made "
+        "as they are read; this check does not make them.",
+        remedy="Repeat the merge with `adaptertool merge --replay`, which compares every tensor; "
+        "`adaptertool verify --receipt` finds later changes.",
+    )
+
+
 def _tensors(
     receipt: Receipt, checkpoint: Checkpoint, found: dict[str, bytes], problems: list[Problem]
 ) -> tuple[TensorVerdict, ...]:
