@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,6 +56,7 @@ def _show_adapter(report: AdapterReport, output: Output) -> None:
             ("base", None if base is None else base.id),
             ("base revision", None if base is None else base.revision),
             ("base digest", None if base is None else base.digest),
+            ("trained on", None if base is None else _quantisation(base.quantisation)),
             ("manifest", report.manifest_version or "none"),
             ("adapter digest", report.digest),
             ("can be merged", "yes" if report.mergeable else "no"),
@@ -131,11 +132,23 @@ def _show_base(report: BaseReport, output: Output) -> None:
             ("quantised", report.quantisation),
         ),
     )
+    output.problems(report.problems)
     output.notes(report.notes)
     output.line(
         f"base: {report.architecture or 'unknown architecture'}, {report.parameters:,} parameters, "
         f"{size_text(report.bytes)}"
     )
+
+
+def _quantisation(recorded: dict[str, Any] | None) -> str | None:
+    """What a manifest says of how the base was quantised, in its own words."""
+    if recorded is None:
+        return None
+    rest = ", ".join(
+        f"{name} {value}" for name, value in recorded.items() if name not in ("scheme", "bits", "double")
+    )
+    double = ", double" if recorded.get("double") is True else ""
+    return f"{recorded['scheme']}{double}" + (f" ({rest})" if rest else "")
 
 
 def _counts(counts: dict[int, int] | dict[float, int]) -> str | None:

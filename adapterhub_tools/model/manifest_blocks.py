@@ -12,6 +12,7 @@ from typing import Any
 from adapterhub_tools.model.adapter import FULL_ROLES, KINDS, Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.json_fields import Fields
+from adapterhub_tools.model.quant_scheme import scheme_problems
 from adapterhub_tools.model.tensor import DTYPE_BITS, TensorSpec
 
 SCALINGS = ("alpha/rank", "alpha/sqrt(rank)", "alpha")
@@ -92,7 +93,10 @@ def read_base(fields: Fields) -> tuple[BaseRef, dict[str, Any]]:
 
 
 def check_quantisation(fields: Fields) -> None:
-    """Checks how the base was quantised while training: ``scheme`` is required, the rest optional."""
+    """Checks how the base was quantised while training: ``scheme`` is required, the rest optional.
+
+    Of schemes that are known here, the rest must not contradict the scheme; others may say what they like.
+    """
     fields.text("scheme", required=True)
     fields.integer("bits", at_least=1)
     fields.integer("block_size", at_least=1)
@@ -101,6 +105,7 @@ def check_quantisation(fields: Fields) -> None:
     _dtype(fields, "storage_dtype", required=False)
     fields.text("version")
     fields.refuse_rest()
+    fields.problems.extend(scheme_problems(fields.data, file=fields.file, loc=fields.loc))
 
 
 def _module(fields: Fields) -> TargetModule:

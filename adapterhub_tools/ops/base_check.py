@@ -72,14 +72,14 @@ def identify_base(
 
     Args:
         known: id, revision and quantisation as far as they are known.
-        checkpoint: the opened base.
+        checkpoint: the opened base; of one that is stored quantised, its view as plain weights.
         fitted: how the adapter lies on it.
         cache: whether the digest cache may be used.
         progress: told how far it is.
     """
-    tensors, warnings = tensor_digests(checkpoint, algorithm=DEFAULT, cache=cache, progress=progress)
+    tensors, warnings = tensor_digests(checkpoint.on_disk, algorithm=DEFAULT, cache=cache, progress=progress)
     config = checkpoint.config
-    targets = {name: tensors[name] for name in fitted.target_names}
+    targets = {name: tensors[name] for name in checkpoint.stored_names(fitted.target_names)}
     model_type = None if config is None else config.get("model_type")
     base = replace(
         known,
@@ -106,7 +106,7 @@ def base_problems(
 
     Args:
         manifest: the adapter's manifest.
-        checkpoint: the opened base.
+        checkpoint: the opened base; of one that is stored quantised, its view as plain weights.
         fitted: how the adapter lies on it.
         check_base: one of CHECKS; ``"off"`` compares nothing.
         cache: whether the digest cache may be used.
@@ -136,19 +136,20 @@ def base_problems(
 
     def digests(algorithm: str) -> dict[str, bytes]:
         if algorithm not in cached:
-            names = None if whole else fitted.target_names
+            names = None if whole else targets
             cached[algorithm], _ = tensor_digests(
-                checkpoint, algorithm=algorithm, names=names, cache=cache, progress=progress
+                checkpoint.on_disk, algorithm=algorithm, names=names, cache=cache, progress=progress
             )
         return cached[algorithm]
 
+    targets = checkpoint.stored_names(fitted.target_names)
     whole = check_base == "full" and base.digest is not None
     if whole and base.digest is not None:
         algorithm, _ = split_digest(base.digest, file=MANIFEST_NAME, loc="/base/digest")
         compare("digest", base.digest, root_digest(algorithm, digests(algorithm)), "the base")
     if base.targets_digest is not None:
         algorithm, _ = split_digest(base.targets_digest, file=MANIFEST_NAME, loc="/base/targets_digest")
-        of_targets = {name: digests(algorithm)[name] for name in fitted.target_names}
+        of_targets = {name: digests(algorithm)[name] for name in targets}
         remedy = OTHER_TARGETS if whole and not problems else _OTHER_BASE
         what = "the target tensors of the base"
         compare("targets_digest", base.targets_digest, root_digest(algorithm, of_targets), what, remedy)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.architectures import lookup
+from adapterhub_tools.errors import Problem
+from adapterhub_tools.model.quant_scheme import QuantizedTensor
+from adapterhub_tools.model.tensor import TensorSpec
 from adapterhub_tools.ops.adapter_reader import count_dtypes
+from adapterhub_tools.ops.quantised_base import plain_tensors, read_quantised, stored_scheme
 from adapterhub_tools.store.checkpoint import Checkpoint
 
 
@@ -19,16 +24,19 @@ class BaseReport:
         path: where it lies, as given.
         architecture: the model type of its config; None without a config.
         classes: the model classes that its config names.
-        parameters: values of all tensors.
+        parameters: values of all tensors; of quantised weights, those that they stand for.
         tensors: how many tensors.
-        dtypes: dtype -> number of values, the most frequent first.
+        dtypes: dtype, or ``"nf4"`` and the like -> number of values, the most frequent first.
         bytes: of all tensors.
         files: the weight files in order.
         tied: True if input and output embeddings are one tensor; None if neither config nor names tell.
         vocabulary: rows of the input embedding, or what the config says.
         layers: number of layers, as its config says.
         hidden: width, as its config says.
-        quantisation: the quantisation method that its config names; None if it names none.
+        quantisation: how its weights are quantised: in words where they are read here, else the method that
+            its config names; None for a plain base.
+        quantised_weights: how many weights are quantised in a way that is read here.
+        problems: what is wrong with quantised weights.
         notes: what is unusual.
     """
 
@@ -45,6 +53,8 @@ class BaseReport:
     layers: int | None = None
     hidden: int | None = None
     quantisation: str | None = None
+    quantised_weights: int = 0
+    problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +74,8 @@ class BaseReport:
             "layers": self.layers,
             "hidden": self.hidden,
             "quantisation": self.quantisation,
+            "quantised_weights": self.quantised_weights,
+            "problems": [problem.to_json() for problem in self.problems],
             "notes": list(self.notes),
         }
 
@@ -76,20 +88,22 @@ def report_base(path: Path, checkpoint: Checkpoint) -> BaseReport:
         checkpoint: the opened base.
     """
     config = checkpoint.config or {}
-    specs = {name: tensor.spec for name, tensor in checkpoint.tensors.items()}
-    quantisation = _quantisation(config)
+    problems: list[Problem] = []
+    weights = read_quantised(checkpoint, problems)
+    specs = plain_tensors(checkpoint, weights)
+    quantisation = _quantisation(config, weights)
     notes = []
     if checkpoint.config is None:
         notes.append("there is no config.json, so only the tensors are described")
-    if quantisation is not None:
+    if quantisation is not None and not weights:
         notes.append(f"the weights are quantised ({quantisation}): values of packed tensors count as stored")
     return BaseReport(
         path=str(path),
         architecture=_text(config.get("model_type")),
         classes=tuple(name for name in _list(config.get("architectures")) if isinstance(name, str)),
         parameters=sum(spec.elements for spec in specs.values()),
-        tensors=len(specs),
-        dtypes=count_dtypes(specs),
+        tensors=len(checkpoint.tensors),
+        dtypes=_count_dtypes(specs, weights),
         bytes=checkpoint.nbytes,
         files=checkpoint.files,
         tied=_tied(checkpoint, config),
@@ -97,13 +111,15 @@ def report_base(path: Path, checkpoint: Checkpoint) -> BaseReport:
         layers=_number(config, "num_hidden_layers", "n_layer", "num_layers"),
         hidden=_number(config, "hidden_size", "n_embd", "d_model"),
         quantisation=quantisation,
+        quantised_weights=len(weights),
+        problems=tuple(problems),
         notes=tuple(notes),
     )
 
 
 def main_dtype(checkpoint: Checkpoint) -> str | None:
-    """Returns the dtype of most of a base's values."""
-    counts = count_dtypes({name: tensor.spec for name, tensor in checkpoint.tensors.items()})
+    """Returns the dtype of most of a base's values, as they are stored."""
+    counts = count_dtypes({name: tensor.spec for name, tensor in checkpoint.on_disk.tensors.items()})
     return next(iter(counts), None)
 
 
@@ -146,7 +162,20 @@ def _number(config: dict[str, Any], *names: str) -> int | None:
     return None
 
 
-def _quantisation(config: dict[str, Any]) -> str | None:
+def _count_dtypes(specs: Mapping[str, TensorSpec], weights: Mapping[str, QuantizedTensor]) -> dict[str, int]:
+    named = {
+        name: spec if name not in weights else replace(spec, dtype=weights[name].scheme.format)
+        for name, spec in specs.items()
+    }
+    return count_dtypes(named)
+
+
+def _quantisation(config: dict[str, Any], weights: Mapping[str, QuantizedTensor]) -> str | None:
+    scheme = stored_scheme(weights)
+    if scheme is not None:
+        others = sum(not weight.scheme.same_values(scheme) for weight in weights.values())
+        rest = f", {others} otherwise" if others else ""
+        return f"{len(weights)} weights: {scheme.words}{rest} (bitsandbytes)"
     found = config.get("quantization_config")
     return _text(found.get("quant_method")) or "unnamed" if isinstance(found, dict) else None
 

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, raise_for
+from adapterhub_tools.errors import FormatError, MismatchError, Problem, UnsupportedError, raise_for
 from adapterhub_tools.model.base import BaseRef, is_repository_id
 from adapterhub_tools.model.json_fields import Fields
 from adapterhub_tools.model.manifest import MANIFEST_NAME, Manifest, check_training
 from adapterhub_tools.model.manifest_blocks import check_quantisation
+from adapterhub_tools.model.quant_scheme import QuantScheme
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 from adapterhub_tools.ops.base_check import identify_base
+from adapterhub_tools.ops.dequantised_view import stored_view
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
 from adapterhub_tools.ops.manifest_record import place_of
+from adapterhub_tools.ops.quantised_base import quantised_weights, refuse_conv1d, stored_scheme
 from adapterhub_tools.ops.random_tensors import random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.files import is_folder
@@ -153,12 +156,19 @@ def new_manifest(
     described = opened.adapter
     notes += [*described.notes, *map(str, opened.problems)]
     if base is not None:
-        checkpoint = open_checkpoint(base)
+        on_disk = open_checkpoint(base)
+        weights = quantised_weights(on_disk)
+        refuse_conv1d(on_disk, weights)
+        checkpoint = stored_view(on_disk, weights)
         fitted = fit(described, checkpoint)
         fitted.raise_for_problems()
         known, warnings = identify_base(known, checkpoint, fitted, cache=cache, progress=progress)
         known = dataclasses.replace(known, random_digest=random_digest(fitted))
         described = dataclasses.replace(described, modules=fitted.described)
+        scheme = stored_scheme(weights)
+        if scheme is not None:
+            known = _with_scheme(known, scheme)
+            notes.append(f"the base is stored quantised ({scheme.words}), which is recorded")
         notes += [*fitted.notes, *warnings]
     elif before is not None:
         described = _keep_resolved(opened, before)
@@ -235,6 +245,25 @@ def _known_base(
     if quantisation is not None:
         known = dataclasses.replace(known, quantisation=dict(quantisation))
     return known, notes
+
+
+def _with_scheme(known: BaseRef, scheme: QuantScheme) -> BaseRef:
+    """Records how a base is stored quantised; what was said beyond that, such as a version, is kept.
+
+    Raises:
+        MismatchError: another scheme was said.
+    """
+    if known.quantisation is None:
+        return dataclasses.replace(known, quantisation=scheme.to_json())
+    said = QuantScheme.from_json(known.quantisation, file="--quantisation")
+    if not said.same_values(scheme):
+        raise MismatchError.of(
+            "quant-scheme",
+            f"the base is stored as {scheme.words}, but the quantisation is given as {said.words}.",
+            loc="--quantisation",
+            remedy="Leave --quantisation out, or give the base that the adapter was trained on.",
+        )
+    return dataclasses.replace(known, quantisation=scheme.to_json() | known.quantisation)
 
 
 def _keep_resolved(opened: OpenedAdapter, before: Manifest) -> Adapter:

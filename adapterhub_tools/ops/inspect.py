@@ -220,7 +220,7 @@ def _with_manifest_base(opened: OpenedAdapter) -> Adapter:
 
 def _base_parameters(opened: OpenedAdapter, base: Path | Checkpoint | None) -> int | None:
     if base is not None:
-        return sum(tensor.spec.elements for tensor in open_checkpoint(base).tensors.values())
+        return report_base(Path(), open_checkpoint(base)).parameters
     return None if opened.manifest is None else opened.manifest.base.parameters
 
 

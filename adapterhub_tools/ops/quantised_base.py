@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from adapterhub_tools.architectures import lookup
 from adapterhub_tools.errors import AdapterError, FormatError, Problem, UnsupportedError, escape
 from adapterhub_tools.model.json_fields import Fields
+from adapterhub_tools.model.manifest import MANIFEST_NAME, Manifest
 from adapterhub_tools.model.quant_parts import (
     FOUR_BIT_SUFFIXES,
     GET_AGAIN,
@@ -107,6 +109,58 @@ def _skips(pattern: str, path: str) -> bool:
         return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", path) is not None
     except re.error:
         return False
+
+
+def recorded_scheme_problems(manifest: Manifest, weights: Mapping[str, QuantizedTensor]) -> list[Problem]:
+    """Returns how a base that is stored quantised differs from the one that a manifest records.
+
+    Args:
+        manifest: an adapter's manifest.
+        weights: the base's quantised weights; for a plain base nothing is compared, because most adapters
+            are trained on one that is quantised while it is loaded.
+    """
+    scheme, recorded = stored_scheme(weights), manifest.base
+    if scheme is None:
+        return []
+    found = []
+    if recorded.quantisation is None and recorded.dtype in FLOAT_DTYPES:
+        found.append((f"the manifest records a base in {recorded.dtype}", "/base/dtype"))
+    elif recorded.quantisation is not None:
+        try:
+            declared = QuantScheme.from_json(recorded.quantisation)
+            words = None if declared.same_values(scheme) else declared.words
+        except UnsupportedError:
+            words = escape(repr(recorded.quantisation.get("scheme")))
+        if words is not None:
+            found.append((f"the manifest records {words}", "/base/quantisation"))
+    return [
+        Problem(
+            kind="base-quantisation",
+            file=MANIFEST_NAME,
+            loc=loc,
+            message=f"the base is stored as {scheme.words}; {said}.",
+            remedy="Use the base that the adapter was trained on, or --check-base off.",
+        )
+        for said, loc in found
+    ]
+
+
+def refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]) -> None:
+    """Refuses Conv1D modules: (in, out) in memory and in a plain checkpoint, but (out, in) quantised.
+
+    Raises:
+        UnsupportedError: a weight is one.
+    """
+    architecture = lookup((checkpoint.config or {}).get("model_type"))
+    for name in weights:
+        if architecture is not None and architecture.is_conv1d(name.removesuffix(".weight")):
+            raise UnsupportedError.of(
+                "quantised-conv1d",
+                "it is a Conv1D module, whose quantised weight is stored transposed.",
+                file=checkpoint.tensors[name].file,
+                loc=name,
+                remedy="Use the base in 16 bits; merge with --onto dequantized and --quant.",
+            )
 
 
 class _Reader:

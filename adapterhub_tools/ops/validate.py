@@ -17,6 +17,7 @@ from adapterhub_tools.model.manifest import MANIFEST_NAME, SCHEMA_NAME, Manifest
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import SAVED_EMBEDDING, examine_files
 from adapterhub_tools.ops.base_check import CHECKS, base_problems, fit_problems
+from adapterhub_tools.ops.dequantised_view import stored_view
 from adapterhub_tools.ops.finite import finite_problems
 from adapterhub_tools.ops.manifest_file import file_problems, manifest_path
 from adapterhub_tools.ops.manifest_record import (
@@ -25,6 +26,7 @@ from adapterhub_tools.ops.manifest_record import (
     record_problems,
     stale,
 )
+from adapterhub_tools.ops.quantised_base import quantised_weights, recorded_scheme_problems, refuse_conv1d
 from adapterhub_tools.ops.random_tensors import random_problems
 from adapterhub_tools.ops.validation_report import Collector, ValidationReport
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
@@ -186,7 +188,7 @@ def _check_base(
     cache: bool,
     progress: Progress | None,
 ) -> None:
-    checkpoint = found.run("base files", lambda: open_checkpoint(base))
+    checkpoint = found.run("base files", lambda: _open_base(base, manifest, found, check_base))
     if checkpoint is None:
         found.skip("base", "the base could not be read")
         return
@@ -210,3 +212,21 @@ def _check_base(
     found.run("base digest", digests)
     if manifest.base.random_digest is not None:
         found.run("random tensors", lambda: found.add(IntegrityError, random_problems(fitted, manifest)))
+
+
+def _open_base(
+    base: Path | Checkpoint, manifest: Manifest | None, found: Collector, check_base: str
+) -> Checkpoint:
+    """Opens a base; one that is stored quantised is seen as plain weights, and its scheme is compared.
+
+    Raises:
+        FormatError: a file is broken; a quantised weight lacks a part, or is damaged.
+        UnsupportedError: of a format, or of a scheme, that is not known here.
+        StoreError: a file cannot be read.
+    """
+    checkpoint = open_checkpoint(base)
+    weights = quantised_weights(checkpoint)
+    refuse_conv1d(checkpoint, weights)
+    if manifest is not None and check_base != "off":
+        found.add(IntegrityError, recorded_scheme_problems(manifest, weights))
+    return stored_view(checkpoint, weights)
