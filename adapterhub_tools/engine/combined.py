@@ -10,10 +10,11 @@ import torch
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import matrix_shape
+from adapterhub_tools.linalg.combination import gram_of_rows
 from adapterhub_tools.linalg.combined_rows import CombinedRows, DeltaInput, WeightedSum
 from adapterhub_tools.linalg.combined_sum import CombinedSum
 from adapterhub_tools.linalg.delta_sum import DeltaSum
-from adapterhub_tools.linalg.panels import ExpressionPanels, TermPanels, panels_of
+from adapterhub_tools.linalg.panels import ExpressionPanels, TermPanels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,7 @@ def _weighted(
     """Returns the inputs with their coefficients in the multipliers of their terms."""
 
     def inner() -> Tensor:
-        return _inner_products([_panels(own, of_terms, read_rows, shape) for _, own in groups], shape)
+        return _inner_products([_panels(own, of_terms, read_rows, shape) for _, own in groups])
 
     factors = method.coefficients(tuple(item.weight for item, _ in groups), inner)
     return [
@@ -123,18 +124,15 @@ def _is_additive(term: Term) -> bool:
     return additive
 
 
-def _inner_products(deltas: Sequence[Panels | None], shape: tuple[int, int]) -> Tensor:
+def _inner_products(deltas: Sequence[Panels | None]) -> Tensor:
     """Returns the inner products of deltas; those of None are 0.
 
     Shapes: (inputs, inputs).
     Dtype:  float64.
     """
-    count = len(deltas)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for number in range(panels_of(shape)):
-        blocks = [None if delta is None else delta.panel(number).reshape(-1) for delta in deltas]
-        for i, left in enumerate(blocks):
-            for j, right in enumerate(blocks[: i + 1]):
-                if left is not None and right is not None:
-                    total[i, j] += left @ right
-    return total + total.tril(-1).t()
+    total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    present = [number for number, delta in enumerate(deltas) if delta is not None]
+    if present:
+        index = torch.tensor(present)
+        total[index[:, None], index] = gram_of_rows([delta for delta in deltas if delta is not None])
+    return total
