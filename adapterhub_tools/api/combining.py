@@ -11,6 +11,7 @@ from adapterhub_tools.api.paths import Reference, optional_path
 if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
     from adapterhub_tools.ops.combine_report import CombineReport
+    from adapterhub_tools.ops.merge_report import MergeReport
 
 
 def combine_adapters(
@@ -32,6 +33,8 @@ def combine_adapters(
     sv_cumulative: float | None = None,
     sv_fro: float | None = None,
     base: Reference | None = None,
+    into: Reference | None = None,
+    undo: bool = False,
     space: str = "deltas",
     full: str = "delta",
     allow_disjoint: bool = False,
@@ -41,7 +44,7 @@ def combine_adapters(
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> CombineReport:
+) -> CombineReport | MergeReport:
     """Combines adapters into one that does what they do together.
 
     Deltas are combined, not factors, and each as it acts: scales, rsLoRA, patterns, different ranks and
@@ -69,16 +72,22 @@ def combine_adapters(
         sv_cumulative: the share of the sum of singular values that each module keeps.
         sv_fro: the share of the Frobenius norm that each module keeps.
         base: the base, where what an adapter does depends on it.
+        into: a base: the result is this base with the combined deltas, rounded once, and not an adapter; no
+            rank is lost.
+        undo: with ``into``, whether to write also what brings the base back, bit for bit; see ``unmerge``.
         space: ``"deltas"``, or ``"factors"`` to repeat PEFT's ``add_weighted_adapter``, for comparison.
         full: what becomes of tensors that are carried in full: ``"delta"``, ``"average"`` or ``"drop"``.
         allow_disjoint: whether an adapter may share no target module with any other.
         dtype: ``"float64"``, ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the factors; None takes the
-            widest of the inputs.
+            widest of the inputs. With ``into`` for the base, of which None keeps its own.
         replace: whether an existing folder may be replaced.
         allow_replace_gap: whether that may leave a moment without a folder.
         threads: the number of workers; None chooses.
         dry_run: whether to compute and report without writing.
         progress: told how far it is.
+
+    Returns:
+        What was done: a CombineReport; with ``into`` the MergeReport of what was written.
 
     Raises:
         FormatError: an adapter is broken, or holds NaN or infinities.
@@ -90,7 +99,7 @@ def combine_adapters(
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import combine as op
-    from adapterhub_tools.ops.combine_options import CombineOptions
+    from adapterhub_tools.ops.combine_options import CombineOptions, refuse_with_into
     from adapterhub_tools.ops.combine_weights import Weights
     from adapterhub_tools.ops.rank_policy import RankPolicy
 
@@ -105,10 +114,40 @@ def combine_adapters(
     )
     asked = any(value is not None for value in choices.values())
     hparams = {"density": density, "gamma": gamma, "epsilon": epsilon, "majority_sign": majority_sign}
+    given = {name: value for name, value in hparams.items() if value is not None}
+    counts = Weights.parse(_entries(weights), len(adapters))
+    if into is not None:
+        from adapterhub_tools.ops.combine_into import combine_into
+        from adapterhub_tools.ops.merge_options import MergeOptions
+
+        refuse_with_into(policy=asked, base=base is not None, space=space != "deltas", full=full != "delta")
+        merging = MergeOptions(
+            dtype=dtype,
+            replace=replace,
+            allow_replace_gap=allow_replace_gap,
+            threads=threads,
+            dry_run=dry_run,
+            undo=undo,
+        )
+        with resolve.adapter_folders(adapters) as folders, resolve.base_files(into) as target:
+            return combine_into(
+                target,
+                folders,
+                optional_path(out),
+                method=method,
+                weights=counts,
+                hparams=given,
+                seed=seed,
+                allow_disjoint=allow_disjoint,
+                options=merging,
+                progress=progress,
+            )
+    if undo:
+        refuse_with_into(undo_without_into=True)
     options = CombineOptions(
         method=method,
-        weights=Weights.parse(_entries(weights), len(adapters)),
-        hparams={name: value for name, value in hparams.items() if value is not None},
+        weights=counts,
+        hparams=given,
         policy=RankPolicy.of(**choices) if asked else None,
         policy_options=choices if asked else {},
         base=optional_path(base),

@@ -55,6 +55,13 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     help="The base, where what an adapter does depends on it, as with DoRA.",
 )
 @click.option(
+    "--into",
+    metavar="BASE",
+    type=click.Path(readable=False),
+    help="Write this base with the combined deltas, rounded once, instead of an adapter; no rank is lost.",
+)
+@click.option("--undo", is_flag=True, help="With --into, also write what brings the base back, bit for bit.")
+@click.option(
     "--space",
     type=click.Choice(["deltas", "factors"]),
     default="deltas",
@@ -90,6 +97,8 @@ def command(
     sv_cumulative: float | None,
     sv_fro: float | None,
     base: Path | None,
+    into: str | None,
+    undo: bool,
     space: str,
     full: str,
     allow_disjoint: bool,
@@ -128,6 +137,8 @@ def command(
         sv_cumulative=sv_cumulative,
         sv_fro=sv_fro,
         base=base,
+        into=into,
+        undo=undo,
         space=space,
         full=full,
         allow_disjoint=allow_disjoint,
@@ -138,6 +149,15 @@ def command(
         dry_run=dry_run,
         progress=progress_for(output),
     )
+    from adapterhub_tools.ops.combine_report import CombineReport
+
+    if not isinstance(report, CombineReport):
+        if as_json:
+            output.json("merge", report.to_json())
+            return
+        output.notes(report.notes)
+        output.line(report.summary)
+        return
     if not as_json:
         output.table(
             "adapters",

@@ -116,5 +116,37 @@ def implementation(method: str, given: Mapping[str, Any], seed: int, *, count: i
     return found
 
 
+def refuse_with_into(
+    *,
+    policy: bool = False,
+    base: bool = False,
+    space: bool = False,
+    full: bool = False,
+    undo_without_into: bool = False,
+) -> None:
+    """Refuses options that mean nothing where the result is a base, or means nothing else.
+
+    Args:
+        policy: whether a policy for ranks was given.
+        base: whether ``--base`` was.
+        space: whether factors are to be combined.
+        full: whether a rule for tensors in full was given.
+        undo_without_into: whether ``--undo`` was given without ``--into``.
+
+    Raises:
+        MismatchError: one of them was given.
+    """
+    reasons = {
+        "--rank": (policy, "a base has no rank, so no policy for ranks applies"),
+        "--base": (base, "--into names the base already"),
+        "--space": (space, "factors have no meaning in a base"),
+        "--full": (full, "tensors in full follow the rules of `merge`"),
+        "--undo": (undo_without_into, "only a base can be brought back"),
+    }
+    for flag, (given, reason) in reasons.items():
+        if given:
+            raise MismatchError.of("option", f"{reason}.", loc=flag, remedy=f"Leave {flag} out.")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
