@@ -10,9 +10,9 @@ from adapterhub_tools.errors import MismatchError, Problem, UnsupportedError, es
 from adapterhub_tools.model.combination import Combination, CombinationChoice, CombinedInput
 from adapterhub_tools.model.plan import Step, Term
 from adapterhub_tools.ops.combine_weights import Weights
-from adapterhub_tools.ops.merge_base_check import checked_digest
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.module_kinds import is_additive
+from adapterhub_tools.ops.part_digest import checked_digest
 
 
 def combined_parts(parts: Sequence[Part], choice: CombinationChoice | None) -> list[Part]:

@@ -19,7 +19,6 @@ from adapterhub_tools.ops.device import device_of
 from adapterhub_tools.ops.merge_base import MergeBase, settle_base
 from adapterhub_tools.ops.merge_base_check import (
     check_records,
-    checked_digest,
     compare_base,
     recorded_algorithm,
 )
@@ -32,6 +31,7 @@ from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.merge_replay import compare_replay, replayed
 from adapterhub_tools.ops.merge_report import MergeReport, merge_notes, report_of
 from adapterhub_tools.ops.module_kinds import guarantee_of
+from adapterhub_tools.ops.part_digest import checked_digest
 from adapterhub_tools.ops.requantised_plan import requantised
 from adapterhub_tools.ops.sign import commit_signed
 from adapterhub_tools.ops.undo_plan import plan_undo

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from adapterhub_tools.errors import FormatError, IntegrityError, UnsupportedError, raise_for
 from adapterhub_tools.model.receipt import ReceiptBase
-from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.ops.base_config import tie_problems
 from adapterhub_tools.ops.manifest_record import OTHER_TARGETS, check_record, module_base_problems
@@ -114,27 +113,3 @@ def compare_base(
     checked = options.check_base if recorded or options.check_base == "off" else "unrecorded"
     config = None if checkpoint.config is None else config_digest(checkpoint.config)
     return ReceiptBase(digest=full, targets_digest=targets, config_digest=config, checked=checked)
-
-
-def checked_digest(part: Part) -> str:
-    """Returns the digest of an adapter's content, which its own manifest must agree with if it records one.
-
-    Raises:
-        IntegrityError: they differ.
-    """
-    files, adapter, manifest = part.opened.files, part.opened.adapter, part.opened.manifest
-    digest = adapter_digest(files, adapter)
-    recorded = None if manifest is None else manifest.digest
-    if recorded is None:
-        return digest
-    algorithm = recorded.partition(":")[0]
-    same = digest.startswith(f"{algorithm}:")
-    found = digest if same else adapter_digest(files, adapter, algorithm=algorithm)
-    if found != recorded:
-        raise IntegrityError.of(
-            "adapter",
-            f"the adapter is {found}, but its manifest records {recorded}.",
-            file=part.label,
-            remedy="Its files were changed after `adaptertool init`: get them again, or write it anew.",
-        )
-    return digest
