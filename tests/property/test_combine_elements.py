@@ -22,7 +22,11 @@ from adapterhub_tools.linalg.order_statistics import magnitudes_at
 from adapterhub_tools.linalg.panels import panel_range, panels_of
 from tests.property import combine_formulas as dense
 
-ELEMENTWISE = ("ties", "magnitude_prune", "breadcrumbs", "dare_linear", "dare_ties", "della")
+ELEMENTWISE = tuple(
+    name
+    for name in registry.names("combine")
+    if registry.load("combine", name).IMPLEMENTATION.kind == "elementwise"
+)
 NAME = "model.layers.0.self_attn.q_proj"
 
 
