@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.expression import Expression
+    from adapterhub_tools.linalg.line_gains import LineInverse
     from adapterhub_tools.model.plan import ByteRange, Step, Term
     from adapterhub_tools.model.protocols import OpenSource
 
@@ -43,19 +44,41 @@ def _of_terms(step: Step, terms: tuple[Term, ...], open_source: Callable[[str], 
     deltas = []
     for term in terms:
         method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
-        places, by_rows = getattr(method, "place_roles", ()), getattr(method, "row_roles", ())
-        factors = {
-            role: FactorRows(open_source(item.uri), item)
-            if role in by_rows
-            else load_whole(open_source(item.uri), item, places=role in places)
-            for role, item in term.factors.items()
-        }
+        factors = _factors(term, method, open_source)
         weight = _weight(step, term, open_source)
         if not method.additive:
             expression: Expression = method.expression(factors, weight)
             return expression
         deltas.append(method.delta(factors, weight))
     return DeltaSum(deltas, rows)
+
+
+def line_inverse(step: Step, open_source: Callable[[str], OpenSource]) -> LineInverse:
+    """Returns how a step of one term is taken back with a gain for each row or column.
+
+    Args:
+        step: one of whose method ``has_line_inverse`` says so; its start is not read.
+        open_source: uri -> the open file.
+
+    Raises:
+        FormatError: a factor is not finite.
+    """
+    (term,) = step.terms
+    method = registry.load("methods", term.method).IMPLEMENTATION.from_hparams(term.hparams)
+    found: LineInverse = method.line_inverse(
+        _factors(term, method, open_source), _weight(step, term, open_source)
+    )
+    return found
+
+
+def _factors(term: Term, method: Any, open_source: Callable[[str], OpenSource]) -> dict[str, Any]:
+    places, by_rows = getattr(method, "place_roles", ()), getattr(method, "row_roles", ())
+    return {
+        role: FactorRows(open_source(item.uri), item)
+        if role in by_rows
+        else load_whole(open_source(item.uri), item, places=role in places)
+        for role, item in term.factors.items()
+    }
 
 
 def _weight(step: Step, term: Term, open_source: Callable[[str], OpenSource]) -> Weight:

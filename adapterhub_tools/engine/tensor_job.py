@@ -141,7 +141,9 @@ def _compute(
         keep_non_finite=step.action == "cast",
     )
     patch = None if step.patch is None else _patch_rows(step, step.patch, around)
-    recorder = None if undo is None else StepRecorder(step, undo, around.open_source, around.device)
+    recorder = None
+    if undo is not None:
+        recorder = StepRecorder(step, undo, around.open_source, around.device, expression)
     base_hasher = None
     if step.base_name is not None and around.hash_base(step.base_name):
         base_hasher = TensorHasher(around.algorithm, step.start.spec)

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import CHUNK_BYTES, matrix_shape, memory_of, torch_dtype
-from adapterhub_tools.engine.formula import formula
+from adapterhub_tools.engine.formula import formula, line_inverse
 from adapterhub_tools.engine.undo_coding import HEAD, RecordHead, decode, encode
+from adapterhub_tools.engine.undo_predict import (
+    Predictor,
+    ScaledPredictor,
+    as_bits,
+    pack_gains,
+    unpack_gains,
+)
 from adapterhub_tools.errors import FormatError, IntegrityError
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS
-from adapterhub_tools.linalg.rounding import BlockRounder
-from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, ZERO
+from adapterhub_tools.linalg.line_gains import GAIN_BITS
+from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, SCALED, ZERO
 from adapterhub_tools.store.digest import TensorHasher
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.expression import Expression
-    from adapterhub_tools.linalg.formats import AnyArray
+    from adapterhub_tools.linalg.formats import AnyArray, F64Array
     from adapterhub_tools.model.plan import ByteRange, Step, Term
     from adapterhub_tools.model.protocols import OpenSource
     from adapterhub_tools.model.tensor import TensorSpec
@@ -35,14 +42,16 @@ class UndoJob:
     """What of a step is kept.
 
     Attributes:
-        predictor: NEGATED_SUM, MERGED or ZERO, see model/undo.py.
-        base: the base tensor; for the first two, what the step starts from.
+        predictor: NEGATED_SUM, SCALED, MERGED or ZERO, see model/undo.py.
+        base: the base tensor; but for ZERO, what the step starts from.
         put: told each record, in order.
+        put_gains: for SCALED, told the gains, in order.
     """
 
     predictor: str
     base: ByteRange
     put: Callable[[bytes], None]
+    put_gains: Callable[[bytes], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +59,7 @@ class Restore:
     """How one base tensor is written again.
 
     Attributes:
-        predictor: COPY, NEGATED_SUM, MERGED or ZERO.
+        predictor: COPY, NEGATED_SUM, SCALED, MERGED or ZERO.
         base: the base tensor's name, dtype and shape.
         file: the output file.
         offset: where its bytes go.
@@ -58,6 +67,7 @@ class Restore:
         digest: that tensor's digest, which it must still have; None for ZERO.
         records: the records' bytes; None for COPY.
         terms: what the merge added.
+        gains: for SCALED, the bytes of the gains.
     """
 
     predictor: str
@@ -68,17 +78,29 @@ class Restore:
     digest: bytes | None = None
     records: ByteRange | None = None
     terms: tuple[Term, ...] = ()
+    gains: bytes | None = None
 
 
 def predictor_of(step: Step) -> str:
     """Returns what predicts the base tensor that a step changes.
 
-    Deltas that are known exactly are taken off again. Other inverses are evaluated in float64, whose last
-    bits depend on the machine, so that the merged value itself is the prediction there.
+    Deltas that are known exactly are taken off again; a gain for each row or column is kept and multiplied
+    with. Other inverses are evaluated in float64, whose last bits depend on the machine, so that the merged
+    value itself is the prediction there.
     """
+    if step.combination is not None:
+        return MERGED
     methods = [registry.load("methods", term.method).IMPLEMENTATION for term in step.terms]
-    exact = methods and all(method.additive and method.guarantee == "exact" for method in methods)
-    return NEGATED_SUM if exact and step.combination is None else MERGED
+    if methods and all(method.additive and method.guarantee == "exact" for method in methods):
+        return NEGATED_SUM
+    if len(step.terms) == 1 and step.patch is None and hasattr(methods[0], "has_line_inverse"):
+        (term,) = step.terms
+        factors = {role: item.spec for role, item in term.factors.items()}
+        method, start = methods[0].from_hparams(term.hparams), step.start.spec
+        floats = {start.dtype, step.output.dtype} <= set(GAIN_BITS)
+        if floats and method.has_line_inverse(factors, term.hparams["kind"], start):
+            return SCALED
+    return MERGED
 
 
 def negated(terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -89,57 +111,6 @@ def negated(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     )
 
 
-class Predictor:
-    """Predicts the bits of a base tensor from rows of the merged one.
-
-    Args:
-        expression: what takes a merged value back.
-        columns: the number of columns.
-        merged: the dtype of the merged tensor.
-        base: that of the base tensor.
-        device: where products are evaluated.
-    """
-
-    def __init__(
-        self, expression: Expression, *, columns: int, merged: str, base: str, device: str = "cpu"
-    ) -> None:
-        """Makes the rounder, with its buffers."""
-        self._rounder = BlockRounder(
-            expression,
-            columns=columns,
-            start=FORMATS[merged],
-            to=FORMATS[base],
-            device=device,
-            keep_non_finite=True,
-        )
-        self._dtype = torch_dtype(base)
-        self._out = torch.empty(0, dtype=self._dtype)
-        self._bits = FORMATS[base].numpy_bits
-        self._same = expression.identity and merged == base
-        self._may_be_infinite = expression.identity
-
-    def bits(self, rows: Tensor, first: int) -> AnyArray:
-        """Returns the predicted bits, flat, valid until the next call.
-
-        A merged value that is not finite predicts 0, and so does a whole chunk in which a prediction
-        overflows: whether one does is decided exactly, so it is the same everywhere.
-
-        Args:
-            rows: merged values, shape (n, columns).
-            first: the row of the matrix that their first row is.
-        """
-        if self._same:
-            return _as_bits(rows.clone(), self._bits)
-        if self._may_be_infinite and not bool(torch.isfinite(rows).all()):
-            rows = torch.where(torch.isfinite(rows), rows, torch.zeros((), dtype=rows.dtype))
-        if self._out.numel() < rows.numel():
-            self._out = torch.empty(rows.numel(), dtype=self._dtype)
-        out = self._out[: rows.numel()].view(rows.shape)
-        if self._rounder.round_rows(rows, out, first) is not None:
-            out.zero_()
-        return _as_bits(out, self._bits)
-
-
 class StepRecorder:
     """Keeps what a step's prediction gets wrong, chunk by chunk.
 
@@ -148,19 +119,33 @@ class StepRecorder:
         job: what is kept of it.
         open_source: uri -> the open file.
         device: where products are evaluated.
+        expression: the formula of the merge, whose gains are kept.
     """
 
     def __init__(
-        self, step: Step, job: UndoJob, open_source: Callable[[str], OpenSource], device: str
+        self,
+        step: Step,
+        job: UndoJob,
+        open_source: Callable[[str], OpenSource],
+        device: str,
+        expression: Any = None,
     ) -> None:
         """Loads the factors a second time; they are small."""
-        self._put = job.put
+        self._job, self._expression = job, expression
         self._bits = FORMATS[job.base.spec.dtype].numpy_bits
         terms = negated(step.terms) if job.predictor == NEGATED_SUM else ()
         rows, columns = matrix_shape(step.output.shape)
+        self._columns = columns
+        base = job.base.spec.dtype
+        self._scaled: ScaledPredictor | None = None
+        self._gains: F64Array | None = None
+        if job.predictor == SCALED:
+            back = line_inverse(step, open_source)
+            self._scaled = ScaledPredictor(back, rows=rows, columns=columns, base=base, device=device)
+            return
         inverse = formula(replace(step, terms=terms), open_source) if terms else DeltaSum((), rows)
         self._predictor = Predictor(
-            inverse, columns=columns, merged=step.output.dtype, base=job.base.spec.dtype, device=device
+            inverse, columns=columns, merged=step.output.dtype, base=base, device=device
         )
 
     def add(self, start: Tensor, out: Tensor, first: int) -> None:
@@ -171,8 +156,23 @@ class StepRecorder:
             out: the merged ones.
             first: the row that their first row is.
         """
-        true = _as_bits(start, self._bits)
-        self._put(encode(true, self._predictor.bits(out, first), int(start.shape[0])))
+        count = int(start.shape[0])
+        if self._scaled is None:
+            predicted = self._predictor.bits(out, first)
+        elif self._scaled.by_row:
+            predicted = self._scaled.bits(out, first, self._keep_gains(first, count))
+        else:
+            if self._gains is None:
+                self._gains = self._keep_gains(0, self._columns)
+            predicted = self._scaled.bits(out, first, self._gains)
+        self._job.put(encode(as_bits(start, self._bits), predicted, count))
+
+    def _keep_gains(self, first: int, count: int) -> F64Array:
+        base = self._job.base.spec.dtype
+        gains, data = pack_gains(self._expression.gains_back(first, count, GAIN_BITS[base]), base)
+        if self._job.put_gains is not None:
+            self._job.put_gains(data)
+        return gains
 
 
 def record_whole(job: UndoJob, open_source: Callable[[str], OpenSource]) -> None:
@@ -278,12 +278,7 @@ def _restore_predicted(
     merged_row = columns * merged_dtype.itemsize
     base_row = columns * torch_dtype(item.base.dtype).itemsize
     check = TensorHasher(algorithm, merged.spec)
-    inverse: Expression = DeltaSum((), rows)
-    if item.predictor == NEGATED_SUM:
-        inverse = formula(_step_back(item, merged), open_source)
-    predictor = Predictor(
-        inverse, columns=columns, merged=merged.spec.dtype, base=item.base.dtype, device=device
-    )
+    predict = _predictor(item, merged, open_source, device)
     reader = _Records(item, open_source)
     limit = max(1, CHUNK_BYTES // max(1, base_row))
     first = 0
@@ -293,7 +288,7 @@ def _restore_predicted(
         if merged_row:
             source.read_into(memory_of(raw), merged.offset + first * merged_row)
         check.update(memory_of(raw))
-        predicted = predictor.bits(raw.view(merged_dtype).view(head.rows, columns), first)
+        predicted = predict(raw.view(merged_dtype).view(head.rows, columns), first)
         data = memoryview(np.ascontiguousarray(decode(head, payload, predicted)).view(np.uint8).data)
         hasher.update(data)
         if base_row:
@@ -304,7 +299,29 @@ def _restore_predicted(
     _check_digest(item, check.digest())
 
 
-def _step_back(item: Restore, merged: ByteRange) -> Step:
+def _predictor(
+    item: Restore, merged: ByteRange, open_source: Callable[[str], OpenSource], device: str
+) -> Callable[[Tensor, int], AnyArray]:
+    """Returns what predicts bits from merged rows and the number of the first one."""
+    rows, columns = matrix_shape(item.base.shape)
+    if item.predictor != SCALED:
+        inverse: Expression = DeltaSum((), rows)
+        if item.predictor == NEGATED_SUM:
+            inverse = formula(_step_back(item, merged, negated(item.terms)), open_source)
+        return Predictor(
+            inverse, columns=columns, merged=merged.spec.dtype, base=item.base.dtype, device=device
+        ).bits
+    back = line_inverse(_step_back(item, merged, item.terms), open_source)
+    scaled = ScaledPredictor(back, rows=rows, columns=columns, base=item.base.dtype, device=device)
+    gains = unpack_gains(item.gains or b"", item.base.dtype, rows if back.by_row else columns, item.base.name)
+
+    def predict(part: Tensor, first: int) -> AnyArray:
+        return scaled.bits(part, first, gains[first : first + len(part)] if back.by_row else gains)
+
+    return predict
+
+
+def _step_back(item: Restore, merged: ByteRange, terms: tuple[Term, ...]) -> Step:
     from adapterhub_tools.model.plan import Step
 
     return Step(
@@ -313,7 +330,7 @@ def _step_back(item: Restore, merged: ByteRange) -> Step:
         output=item.base,
         file=item.file,
         offset=item.offset,
-        terms=negated(item.terms),
+        terms=terms,
     )
 
 
@@ -367,12 +384,6 @@ def _check_digest(item: Restore, found: bytes) -> None:
             loc=item.base.name,
             remedy="The merged model was changed after the merge: get it again.",
         )
-
-
-def _as_bits(values: Tensor, numpy_bits: str) -> AnyArray:
-    signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits: AnyArray = values.view(signed).numpy().view(numpy_bits).reshape(-1)
-    return bits
 
 
 def _plane_type(size: int) -> str:

@@ -13,6 +13,7 @@ from adapterhub_tools.linalg.computed import Computed
 from adapterhub_tools.linalg.delta_sum import round_sums
 from adapterhub_tools.linalg.double_double import Accumulator, in_safe_range, two_product
 from adapterhub_tools.linalg.formats import AnyArray, F64Array, FloatFormat, round_double
+from adapterhub_tools.linalg.line_gains import rounded_quotients
 from adapterhub_tools.linalg.products import times
 from adapterhub_tools.linalg.scaled import SLACK, UNDERFLOW
 from adapterhub_tools.linalg.surd import Surd, round_surd_sum
@@ -32,14 +33,16 @@ class Gain:
         term: D, over the whole matrix.
         constant: t.
         rows: the number of rows of the matrix.
+        by_row: whether D is the same along a row, and not along a column; only ``gains_back`` asks.
     """
 
     exact = True
 
-    def __init__(self, term: DeltaTerm, constant: Fraction, rows: int) -> None:
+    def __init__(self, term: DeltaTerm, constant: Fraction, rows: int, *, by_row: bool = True) -> None:
         """Computes the part of the bounds that does not depend on w."""
         self._term = term
         self._constant = constant
+        self._by_row = by_row
         delta = term.bounds()
         # Where the delta is 0 the gain is the constant: 1 leaves w as it is, 0 does not.
         unchanged = (delta == 0) & (constant == 1)
@@ -71,6 +74,32 @@ class Gain:
         if self._buffer is None or self._buffer.shape[0] < block.shape[0]:
             self._buffer = torch.empty_like(block)
         return self._buffer[: block.shape[0]]
+
+    def gains_back(self, first: int, count: int, bits: int) -> F64Array:
+        """Returns 1/(t + D) of lines along which D is the same, rounded to so many bits: ``w ≈ g·x``.
+
+        Args:
+            first: the first line.
+            count: how many.
+            bits: see linalg/line_gains.py.
+        """
+        lines = np.arange(first, first + count)
+        rows, columns = (lines, np.zeros_like(lines)) if self._by_row else (np.zeros_like(lines), lines)
+        delta, _ = self._term.at_points(rows, columns)
+        gains = delta.high + float(self._constant)
+        # Binary64 tells the gain well but for cancellation, and this bound is far from the truth there.
+        with np.errstate(all="ignore"):
+            error = (np.abs(delta.high) + abs(float(self._constant))) / np.abs(gains) * 2.0**-51
+
+        def exactly(left: IntArray) -> list[Fraction]:
+            found = []
+            for row, column in zip(rows[left].tolist(), columns[left].tolist(), strict=True):
+                # The gains of (IA)³ are rational.
+                gain = self._constant + sum((c for c, _ in self._term.exact_parts(row, column)), Fraction(0))
+                found.append(1 / gain if gain else Fraction(0))
+            return found
+
+        return rounded_quotients(np.ones(count), gains, error, bits, exactly)
 
     def exact_bits(
         self,

@@ -23,6 +23,7 @@ from adapterhub_tools.linalg.computed import Computed
 from adapterhub_tools.linalg.delta_sum import DeltaSum, round_sums
 from adapterhub_tools.linalg.double_double import Accumulator, in_safe_range, two_product, two_sum
 from adapterhub_tools.linalg.formats import AnyArray, F64Array, FloatFormat, round_double
+from adapterhub_tools.linalg.line_gains import root_of, rounded_quotients
 from adapterhub_tools.linalg.line_squares import CHUNK, LineSquares, roundings_of_rows, squares_of_rows
 from adapterhub_tools.linalg.root_ratio import Quadratic, round_root_ratio
 from adapterhub_tools.linalg.scaled import SLACK, UNDERFLOW
@@ -83,6 +84,7 @@ class Normalised:
         self._rows_at_once = max(1, CHUNK // max(1, columns))
         chunks = -(-rows // self._rows_at_once)
         roundings = roundings_of_rows(columns) if by_row else self._rows_at_once + chunks + 2
+        self._norm_error = (roundings / 2 + 2) * 2.0**-53 * SLACK
         # Of the norm, its square counts half; then the root, m/‖a‖, c times it, two products, two sums.
         self.unit: float = (2 * self._sum.unit + (roundings / 2 + 8) * 2.0**-53) * SLACK
         self.inner: int = self._sum.inner
@@ -111,6 +113,31 @@ class Normalised:
         least = float(norms.min(initial=np.inf))
         if least > 0 and self._sum.unit * (1 + 2 * reach / least) <= _DOUBT:
             self._normal[:] = self._bound(worst, self._sum.bounds, reach)
+
+    def gains_back(self, first: int, count: int, bits: int) -> F64Array:
+        """Returns ‖a‖/m of lines, rounded to so many bits: ``w ≈ g·x − delta`` where c is 1, see LineInverse.
+
+        Args:
+            first: the first line; of rows, one that was evaluated.
+            count: how many.
+            bits: see linalg/line_gains.py.
+        """
+        part = slice(first, first + count)
+        norms, magnitudes = self.norms[part], self._magnitudes.numpy()[part]
+        with np.errstate(all="ignore"):
+            if self._by_row:
+                reach = self._sum.bounds[part] * float(np.sqrt(self._length)) * SLACK
+            else:
+                reach = np.full(count, self._reach)
+            error = self._sum.unit * (1 + 2 * reach / norms) + self._norm_error
+
+        def exactly(left: IntArray) -> list[Fraction]:
+            square, _ = self._squares.of(left + first)
+            values = [Fraction(h) + Fraction(low) for h, low in zip(square.high, square.low, strict=True)]
+            wanted = magnitudes[left].tolist()
+            return [root_of(q) / Fraction(m) if q > 0 else q for q, m in zip(values, wanted, strict=True)]
+
+        return rounded_quotients(norms, magnitudes, error, bits, exactly)
 
     def _ratios(self, norms: F64Array, magnitudes: Tensor) -> F64Array:
         with np.errstate(all="ignore"):

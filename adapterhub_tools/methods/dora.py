@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.expression import Expression
+    from adapterhub_tools.linalg.line_gains import LineInverse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,23 @@ class DoRA:
             by_row=not weight.transposed,
             multiplier=self.multiplier,
         )
+
+    def line_inverse(self, factors: Mapping[str, Tensor], weight: Weight) -> LineInverse:
+        """Returns how W is predicted from W': ``g·W' − s·B·A``, with g = ‖W + s·B·A‖/m of each output.
+
+        Args:
+            factors: as for ``expression``.
+            weight: the merged weight; it is not read.
+        """
+        from adapterhub_tools.linalg.line_gains import LineInverse
+
+        scale = Surd(coefficient=-self.scale.coefficient, radicand=self.scale.radicand)
+        delta = low_rank(factors["A"], factors["B"], weight, scale)
+        return LineInverse(by_row=not weight.transposed, delta=delta)
+
+    def has_line_inverse(self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec) -> bool:  # noqa: ARG002
+        """Says whether ``line_inverse`` can be asked: not where only a part of the change is merged."""
+        return self.multiplier == 1
 
     def inverse(self, factors: Mapping[str, Tensor], weight: Weight, aux: Mapping[str, Any]) -> Expression:
         """Returns the weight before the merge, in float64.

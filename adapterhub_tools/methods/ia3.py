@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.expression import Expression
+    from adapterhub_tools.linalg.line_gains import LineInverse
     from adapterhub_tools.linalg.low_rank import LowRankTerm
 
 _KINDS = ("linear", "conv1d", "conv2d", "convnd")
@@ -104,7 +105,25 @@ class IA3:
         """
         from adapterhub_tools.linalg.gain import Gain
 
-        return Gain(self._gains(factors["l"], weight), 1 - Fraction(self.multiplier), weight.rows)
+        constant = 1 - Fraction(self.multiplier)
+        by_row = not self._by_column(tuple(factors["l"].shape), weight.kind)
+        return Gain(self._gains(factors["l"], weight), constant, weight.rows, by_row=by_row)
+
+    def line_inverse(self, factors: Mapping[str, Tensor], weight: Weight) -> LineInverse:
+        """Returns how W is predicted from W': ``g·W'``, with g = 1/l of each output or input.
+
+        Args:
+            factors: as for ``expression``.
+            weight: the merged weight; it is not read.
+        """
+        from adapterhub_tools.linalg.line_gains import LineInverse
+
+        return LineInverse(by_row=not self._by_column(tuple(factors["l"].shape), weight.kind))
+
+    def has_line_inverse(self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec) -> bool:
+        """Says whether ``line_inverse`` can be asked: not for the inputs of a grouped convolution."""
+        gains = factors["l"]
+        return not self._by_column(gains.shape, kind) or prod(gains.shape) == base.shape[1]
 
     def inverse(
         self,
@@ -122,6 +141,11 @@ class IA3:
         constant = 1 - Fraction(self.multiplier)
         return quotient(self._gains(factors["l"], weight), constant, weight.rows)
 
+    def _by_column(self, shape: tuple[int, ...], kind: str) -> bool:
+        """Says whether the gains are those of the columns of the stored matrix."""
+        on_inputs = kind != "bias" and self._on_inputs(shape)
+        return not on_inputs if kind == "conv1d" else on_inputs
+
     def _gains(self, factor: Tensor, weight: Weight) -> LowRankTerm:
         """Returns m·l over the whole weight, as a product of rank 1, or of one rank for each group."""
         import torch
@@ -129,10 +153,7 @@ class IA3:
         from adapterhub_tools.linalg.low_rank import LowRankTerm
 
         values = factor.double().reshape(-1)
-        on_inputs = weight.kind != "bias" and self._on_inputs(tuple(factor.shape))
-        if weight.kind == "conv1d":
-            on_inputs = not on_inputs
-        if on_inputs:
+        if self._by_column(tuple(factor.shape), weight.kind):
             inner = weight.shape[1]
             groups = len(values) // inner
             right = values.view(groups, inner).repeat_interleave(weight.columns // inner, dim=1)

@@ -24,6 +24,9 @@ DOCUMENT = "undo.json"
 """The tensor that holds the description; the others are numbered."""
 NEGATED_SUM = "negated-sum-1"
 """Predicts a base weight as the merged one less the exact deltas, correctly rounded; kept for ever."""
+SCALED = "scaled-1"
+"""Predicts a base weight as the merged one times a gain for its row or column, which is kept, less the exact
+delta, correctly rounded; kept for ever."""
 MERGED = "merged-1"
 """Predicts a base weight as the merged one itself, correctly rounded to the base's dtype; kept for ever."""
 ZERO = "zero-1"
@@ -81,22 +84,25 @@ class UndoTensor:
     """How one base tensor comes back.
 
     Attributes:
-        predictor: COPY, NEGATED_SUM, MERGED or ZERO.
+        predictor: COPY, NEGATED_SUM, SCALED, MERGED or ZERO.
         blob: the tensor of the undo file with its records; None for COPY.
-        terms: for NEGATED_SUM, what the merge added.
+        terms: for NEGATED_SUM and SCALED, what the merge did.
+        gains: for SCALED, the blob with the gains, one for each row or column.
     """
 
     predictor: str
     blob: str | None = None
     terms: tuple[UndoTerm, ...] = ()
+    gains: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the entry as a JSON object."""
-        return {
+        data = {
             "predictor": self.predictor,
             "blob": self.blob,
             "terms": [term.to_json() for term in self.terms],
         }
+        return data if self.gains is None else {**data, "gains": self.gains}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UndoTensor:
@@ -105,6 +111,7 @@ class UndoTensor:
             predictor=data["predictor"],
             blob=data["blob"],
             terms=tuple(UndoTerm.from_json(item) for item in data["terms"]),
+            gains=data.get("gains"),
         )
 
 

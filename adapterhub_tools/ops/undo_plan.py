@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from adapterhub_tools.errors import UnsupportedError
 from adapterhub_tools.model.plan import ByteRange, Step, Term
 from adapterhub_tools.model.receipt import RECEIPT_FILE
-from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, UNDO_FILE, ZERO, UndoTensor, UndoTerm
+from adapterhub_tools.model.undo import (
+    COPY,
+    MERGED,
+    NEGATED_SUM,
+    SCALED,
+    UNDO_FILE,
+    ZERO,
+    UndoTensor,
+    UndoTerm,
+)
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_outputs import SideOutputs
 from adapterhub_tools.ops.merge_parts import Part
@@ -67,7 +76,7 @@ def plan_undo(
             loc="--undo",
             remedy="Leave --check-base out (full), or leave --undo out.",
         )
-    numbers = iter(range(2 * (len(checkpoint.tensors) + len(checkpoint.files)) + 10_000))
+    numbers = iter(range(3 * (len(checkpoint.tensors) + len(checkpoint.files)) + 10_000))
     headers = {file: str(next(numbers)) for file in checkpoint.files}
     steps = {step.output.name: step for step in planned.plan.steps}
     uris = {part.uri: number for number, part in enumerate(parts)}
@@ -80,10 +89,12 @@ def plan_undo(
         if predictor == COPY:
             tensors[name] = UndoTensor(predictor=COPY)
             continue
-        terms = tuple(_term(term, uris) for term in step.terms) if predictor == NEGATED_SUM else ()
-        tensors[name] = UndoTensor(predictor=predictor, blob=str(next(numbers)), terms=terms)
+        predicted = predictor in (NEGATED_SUM, SCALED)
+        terms = tuple(_term(term, uris) for term in step.terms) if predicted else ()
+        blob, gains = str(next(numbers)), str(next(numbers)) if predictor == SCALED else None
+        tensors[name] = UndoTensor(predictor=predictor, blob=blob, terms=terms, gains=gains)
         bases[name] = ByteRange(uri=checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
-        nbytes += int(stored.nbytes * (_SHARE if predictor == NEGATED_SUM else 1))
+        nbytes += int(stored.nbytes * (_SHARE if predicted else 1))
     files, left = _files(checkpoint, side, numbers)
     kept = [name for name, blob in files.items() if blob is not None]
     nbytes += sum(resolve_inside(checkpoint.root, name).stat().st_size for name in kept)

@@ -122,7 +122,10 @@ class UndoRecording:
         for name, base in plan.bases.items():
             tensor = plan.tensors[name]
             self.jobs[name] = UndoJob(
-                predictor=tensor.predictor, base=base, put=partial(spool.put, str(tensor.blob))
+                predictor=tensor.predictor,
+                base=base,
+                put=partial(spool.put, str(tensor.blob)),
+                put_gains=None if tensor.gains is None else partial(spool.pack, tensor.gains),
             )
 
     def write(self, base: ReceiptBase, output_digest: str, adapters: Sequence[str]) -> ReceiptUndo | None:

@@ -10,7 +10,7 @@ from adapterhub_tools.errors import FormatError, IntegrityError, MismatchError
 from adapterhub_tools.model.plan import ByteRange, OutputFile, Term
 from adapterhub_tools.model.protocols import OpenSource, Progress, SilentProgress
 from adapterhub_tools.model.receipt import Receipt
-from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, UNDO_FILE, ZERO, UndoTerm
+from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, SCALED, UNDO_FILE, ZERO, UndoTerm
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 from adapterhub_tools.ops.device import device_of
@@ -211,9 +211,17 @@ def _restores(
                     digest=None if merged is None else digests[name],
                     records=None if tensor.blob is None else undo.blob(tensor.blob),
                     terms=tuple(_term(term, adapters) for term in tensor.terms),
+                    gains=None if tensor.gains is None else b"".join(undo.unpack(tensor.gains)),
                 )
             )
-            if tensor.predictor in (NEGATED_SUM, MERGED) and spec.dtype not in ("F64", "F32", "BF16", "F16"):
+            if tensor.predictor == SCALED and (len(tensor.terms) != 1 or tensor.gains is None):
+                raise _contradiction(f"{name} has no gains, or not one term")
+            if tensor.predictor in (NEGATED_SUM, SCALED, MERGED) and spec.dtype not in (
+                "F64",
+                "F32",
+                "BF16",
+                "F16",
+            ):
                 raise _contradiction(f"{name} is of a dtype that nothing predicts")
     return items
 
