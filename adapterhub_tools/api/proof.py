@@ -130,8 +130,8 @@ def verify(
         threads=threads,
         seed=seed,
     )
-    with resolve.adapter_folders(adapters) as folders:
-        report = op.verify(local_path(base), folders, folder, options, progress)
+    with resolve.adapter_folders(adapters) as folders, resolve.base_folder(base) as base_path:
+        report = op.verify(base_path, folders, folder, options, progress)
     return with_signature(report, signature)
 
 

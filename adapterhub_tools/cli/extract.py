@@ -18,8 +18,8 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     cls=ToolCommand,
     example="adaptertool extract SmolLM2-135M-Instruct my-tuned-model my-adapter --rank 32",
 )
-@click.argument("base", type=click.Path(path_type=Path, readable=False))
-@click.argument("tuned", type=click.Path(path_type=Path, readable=False))
+@click.argument("base", type=click.Path(readable=False))
+@click.argument("tuned", type=click.Path(readable=False))
 @click.argument("out", type=click.Path(path_type=Path, readable=False))
 @policy_options
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True, help="The dtype of the factors.")
@@ -35,8 +35,8 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @output_options
 @standard_options
 def command(
-    base: Path,
-    tuned: Path,
+    base: str,
+    tuned: str,
     out: Path,
     rank: tuple[str, ...],
     energy: float | None,

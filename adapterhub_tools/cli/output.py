@@ -97,12 +97,13 @@ class Output:
         console.print(Text(escape(title), style="bold underline"))
         console.print(grid)
 
-    def problems(self, problems: Sequence[Problem]) -> None:
-        """Prints problems, one a line, errors first."""
+    def problems(self, problems: Sequence[Problem], *, kinds: bool = False) -> None:
+        """Prints problems, one a line, errors first; with their kinds where these are rules to be named."""
         if self.quiet:
             return
         for problem in sorted(problems, key=lambda item: item.severity != "error"):
-            click.echo(f"{problem.severity}: {problem}")
+            kind = f" [{problem.kind}]" if kinds else ""
+            click.echo(f"{problem.severity}{kind}: {problem}")
 
     def notes(self, notes: Iterable[str]) -> None:
         """Prints remarks, one a line."""

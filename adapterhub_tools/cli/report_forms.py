@@ -63,7 +63,7 @@ def show(
     """
     if form == "text":
         for report in reports:
-            output.problems([*report.problems, *report.unchecked])
+            output.problems([*report.problems, *report.unchecked], kinds=rules is not None)
             if output.verbose:
                 output.notes(f"not checked: {name}: {reason}" for name, reason in report.skipped.items())
             output.line(summary(report))

@@ -72,6 +72,26 @@ def base_files(reference: Given) -> Iterator[Path | Checkpoint]:
 
 
 @contextmanager
+def base_folder(reference: Given) -> Iterator[Path]:
+    """Yields the folder of a model that is read more than once; a remote one is brought and later removed.
+
+    Raises:
+        AdapterError: it cannot be had; see ``hub.base_pull.pull_base``.
+    """
+    text = fspath(reference)
+    if not is_remote(text):
+        yield Path(text)
+        return
+    from adapterhub_tools.hub.base_pull import pull_base
+
+    snapshot = _on_hub(text)
+    with _scratch() as scratch:
+        folder = scratch / (text.split("@")[0].rstrip("/").rpartition("/")[2] or "base")
+        pull_base(snapshot, folder)
+        yield folder
+
+
+@contextmanager
 def described(reference: Given) -> Iterator[Path | Checkpoint | AdapterFiles]:
     """Yields a path, or a remote adapter or base opened by its headers.
 

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+# A string without an end goes to the end of the text; tried from every quote, that would take quadratic time.
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*(?:'|\\?\Z)|\"(?:[^\"\\]|\\.)*(?:\"|\\?\Z)", re.DOTALL)
 _OPENING = re.compile(r"\{[{%#]")
 # Inside a block a string may hold what looks like its end.
 _ENDS = {

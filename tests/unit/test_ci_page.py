@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from adapterhub_tools.cli.main import cli
-from tests.tiny_files import make_adapter
+from tests.tiny_files import adapter_config, make_adapter, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "docs" / "ci.md").read_text(encoding="utf-8")
@@ -33,23 +33,33 @@ def run_hook(hook: dict[str, object], files: list[Path]) -> int:
     return CliRunner().invoke(cli, [*arguments, *chosen]).exit_code
 
 
-def test_the_hook_checks_each_adapter_once(tmp_path: Path) -> None:
-    (hook,) = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
-    good, bad = make_adapter(tmp_path / "good"), make_adapter(tmp_path / "bad", r=3)
-    assert run_hook(hook, sorted(good.iterdir())) == 0
-    assert run_hook(hook, sorted([*good.iterdir(), *bad.iterdir()])) == 1
+def hooks() -> dict[str, dict[str, object]]:
+    listed = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    return {hook["entry"].split()[1]: hook for hook in listed}
 
 
-def test_the_local_hook_on_the_page_is_the_same() -> None:
-    (hook,) = yaml.safe_load((REPOSITORY / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
-    local = next(
+def test_the_hooks_check_each_adapter_once(tmp_path: Path) -> None:
+    good, bad, evil = (make_adapter(tmp_path / name) for name in ("good", "bad", "evil"))
+    write_json(bad / "adapter_config.json", adapter_config(r=3))
+    (evil / "optimizer.pt").write_bytes(b"\x80\x02N.")
+    found = {"validate": bad, "scan": evil}
+    assert set(hooks()) == set(found)
+    for name, hook in hooks().items():
+        assert run_hook(hook, sorted(good.iterdir())) == 0
+        assert run_hook(hook, sorted([*good.iterdir(), *found[name].iterdir()])) == 1
+
+
+def test_the_local_hooks_on_the_page_are_the_same() -> None:
+    local = [
         item
         for text in blocks("yaml")
         if "repo: local" in text
         for item in yaml.safe_load(text)["repos"][0]["hooks"]
-    )
-    for key in ("id", "entry", "files", "require_serial"):
-        assert local[key] == hook[key], key
+    ]
+    assert len(local) == len(hooks())
+    for item, hook in zip(local, hooks().values(), strict=True):
+        for key in ("id", "name", "entry", "files", "require_serial"):
+            assert item[key] == hook[key], key
 
 
 def test_the_commands_on_the_page_exist() -> None:
@@ -57,10 +67,10 @@ def test_the_commands_on_the_page_exist() -> None:
     commands = [
         line.partition("adaptertool ")[2] for line in lines if "install" not in line and "#" not in line
     ]
-    assert len(commands) >= 3
+    assert len(commands) >= 5
     for command in commands:
         words = shlex.split(command.split(">")[0])
-        if words[0] in {"validate", "push"}:
+        if words[0] in {"validate", "scan", "push"}:
             help_text = CliRunner().invoke(cli, [words[0], "--help"]).output
             assert all(word in help_text for word in words if word.startswith("--")), command
 
