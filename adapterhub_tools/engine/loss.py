@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import torch
-
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import matrix_shape, torch_dtype
 from adapterhub_tools.engine.step_rows import StepRows
@@ -101,7 +99,7 @@ def _of_step(
 
 
 def _written(step: Step, rows: StepRows, pieces: Sequence[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
-    """Returns what turns rounded rows, taken in order, into the values that a reader of the output gets.
+    """Returns what turns rounded rows, taken in order, into the values that a model has of the output.
 
     Quantised rows are those of a quantiser that sees these rows alone: of a sample, scales that are quantised
     as well differ a little.
@@ -116,12 +114,12 @@ def _written(step: Step, rows: StepRows, pieces: Sequence[tuple[int, int]]) -> C
         for first, count in pieces:
             loader.observe(rows.rounded(rows.start(first, count), first))
     loader.close()
-    taken = 0
+    taken, seen = 0, torch_dtype(step.start.spec.dtype)
 
     def dequantised(out: Tensor) -> Tensor:
         nonlocal taken
         taken += out.shape[0]
-        made: Tensor = loader.dequantized(out, taken - out.shape[0], torch.float32)
+        made: Tensor = loader.dequantized(out, taken - out.shape[0], seen)
         return made
 
     return dequantised
