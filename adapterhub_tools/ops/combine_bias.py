@@ -41,7 +41,7 @@ def with_biases(work: Work, joint: Joint, done: Combined) -> Combined:
     if module is None:
         return done
     scale = float(scale_of(module))
-    spec, _ = work.tensors.put(total / scale, work.dtype, f"{joint.path}.bias")
+    spec, _ = work.tensors.put(total / scale, work.dtype, f"{joint.path}.bias of B")
     return replace(done, module=replace(module, factors={**module.factors, "bias": spec}))
 
 

@@ -164,7 +164,7 @@ class FactorWork:
         }
         if self.bias and joint.kind != "embedding":
             zeros = torch.zeros(joint.shape[0], dtype=torch.float64)
-            factors["bias"] = self.tensors.put(zeros, dtype, f"{joint.path}.bias")[0]
+            factors["bias"] = self.tensors.put(zeros, dtype, f"{joint.path}.bias of B")[0]
         norm = product_norm(b, a) * (rank**0.5 if self.rule == RULES[1] else 1.0)
         hparams = {"rank": rank, "alpha": float(rank), "scaling": self.rule}
         module = TargetModule(

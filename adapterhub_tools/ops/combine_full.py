@@ -8,7 +8,8 @@ With x_i the tensor of adapter i, w_i its weight and W that of the base, the rul
     drop     left out, so that the base's stay; the report lists them.
 
 They are computed in float64 by blocks of rows and rounded once; a tensor that all carry with the same bits,
-under weights that add up to 1, is copied.
+under weights that add up to 1, is copied. So is an embedding that PEFT saved beside its factors, a copy of
+the base's, where all that carry it have the same.
 """
 
 from __future__ import annotations
@@ -233,6 +234,10 @@ def _combine_whole(
             remedy="Vocabularies of different sizes cannot be combined; leave it out with --full drop.",
         )
     role = next((m.role for m in members if m.role == "modules_to_save"), members[0].role)
+    if role == "saved_embedding" and _all_equal(members):
+        # PEFT writes the base's own embedding beside its factors; nobody trained it.
+        _keep(inputs, name, role, members, tensors, done)
+        return
     rest = _rest(weights)
     terms = [(weight, m.values) for weight, m in zip(weights, members, strict=True) if weight != 0]
     if rest != 0:
@@ -242,14 +247,25 @@ def _combine_whole(
             raise _base_needed(name, weights, found)
         terms.append((rest, base))
     elif len(members) == len(inputs) and _all_equal(members):
-        kept = tensors.keep(inputs[members[0].index].loader, members[0].spec)
-        done.full.append(FullTensor(target=name, role=role, tensor=kept))
-        done.kept.append((name, f"carried in full ({role}); the same in all adapters"))
+        _keep(inputs, name, role, members, tensors, done)
         return
     spec = TensorSpec(name=name, dtype=_dtype(members), shape=members[0].spec.shape)
     tensors.contents[name] = SumContent(terms=tuple(terms), spec=spec)
     done.full.append(FullTensor(target=name, role=role, tensor=spec))
     done.kept.append((name, f"carried in full ({role}): {_words(weights, rest)}"))
+
+
+def _keep(
+    inputs: Sequence[CombineInput],
+    name: str,
+    role: str,
+    members: Sequence[Carried],
+    tensors: Tensors,
+    done: CombinedFull,
+) -> None:
+    kept = tensors.keep(inputs[members[0].index].loader, members[0].spec)
+    done.full.append(FullTensor(target=name, role=role, tensor=kept))
+    done.kept.append((name, f"carried in full ({role}); the same in all that carry it"))
 
 
 def _combine_rows(

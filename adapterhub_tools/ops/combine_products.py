@@ -51,10 +51,7 @@ def combine_products(work: Work, joint: Joint, rank: int | None) -> Combined:
     terms = work.terms(joint)
     if not terms:
         return Combined(reason="left out: every weight of it is 0, or its deltas are exactly zero")
-    total = sum(term.rank for term in terms)
-    if work.exact and (total <= joint.side or not work.method.shares_factors):
-        return _side_by_side(work, joint, terms)
-    return _truncated(work, joint, terms, rank if rank is not None or not work.exact else joint.side)
+    return _side_by_side(work, joint, terms) if work.exact else _truncated(work, joint, terms, rank)
 
 
 def spectrum(work: Work, joint: Joint) -> list[float]:
