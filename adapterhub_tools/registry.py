@@ -6,6 +6,7 @@ choose what is imported. A name that starts with an underscore is private to its
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,12 @@ _ROOT = Path(__file__).parent
 FOLDERS = ("methods", "dialects", "combine", "quant")
 
 
+@cache
 def names(folder: str) -> tuple[str, ...]:
-    """Returns the names in one of FOLDERS, sorted; empty if the folder does not exist."""
+    """Returns the names in one of FOLDERS, sorted; empty if the folder does not exist.
+
+    The folder is read once.
+    """
     if folder not in FOLDERS:
         raise ValueError(f"not a registry: {folder}")
     found = {

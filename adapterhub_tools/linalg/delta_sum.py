@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,9 @@ import numpy.typing as npt
 
 from adapterhub_tools.linalg.double_double import Accumulator, in_safe_range, two_sum
 from adapterhub_tools.linalg.formats import AnyArray, F64Array, FloatFormat, round_double, to_odd_double
+from adapterhub_tools.linalg.low_rank import LowRankTerm
 from adapterhub_tools.linalg.scaled import SLACK
+from adapterhub_tools.linalg.single import SingleSum, single_sum
 from adapterhub_tools.linalg.surd import round_surd_sum
 
 if TYPE_CHECKING:
@@ -49,6 +52,21 @@ class DeltaSum:
     def identity(self) -> bool:
         """True without terms."""
         return not self.terms
+
+    @cached_property
+    def single(self) -> SingleSum | None:
+        """The same sum in binary32 with its bounds, where every term is a product of two factors."""
+        return single_sum(self.terms, self.bounds)
+
+    def double_at(self, rows: IntArray, columns: IntArray, start: F64Array) -> tuple[F64Array, F64Array]:
+        """Returns sums of products at points in binary64, and how far the exact values may lie from them."""
+        total = start.copy()
+        for term in self.terms:
+            if not isinstance(term, LowRankTerm):
+                raise TypeError("only sums of products are evaluated at points")
+            inside = self._inside(term, rows, columns)
+            total[inside] += term.double_at(rows[inside] - term.row, columns[inside] - term.column)
+        return total, (np.abs(total) + 2 * self.bounds[rows]) * (self.unit * SLACK)
 
     def evaluate(self, block: Tensor, row: int) -> None:
         """Adds the deltas to a block in place; see Expression."""
@@ -89,12 +107,7 @@ class DeltaSum:
         total = Accumulator.start(np.zeros(len(rows)))
         safe = np.ones(len(rows), dtype=np.bool_)
         for term in self.terms:
-            inside = np.flatnonzero(
-                (rows >= term.row)
-                & (rows < term.row_end)
-                & (columns >= term.column)
-                & (columns < term.column_end)
-            )
+            inside = self._inside(term, rows, columns)
             if not len(inside):
                 continue
             own, fine = term.at_points(rows[inside] - term.row, columns[inside] - term.column)
@@ -106,6 +119,16 @@ class DeltaSum:
                 part.widen(own.missing)
             total.high[inside], total.low[inside], total.missing[inside] = part.high, part.low, part.missing
         return total, safe
+
+    @staticmethod
+    def _inside(term: DeltaTerm, rows: IntArray, columns: IntArray) -> IntArray:
+        """Returns which points a term covers."""
+        return np.flatnonzero(
+            (rows >= term.row)
+            & (rows < term.row_end)
+            & (columns >= term.column)
+            & (columns < term.column_end)
+        )
 
     def exact_parts(self, row: int, column: int, start: float) -> list[tuple[Fraction, int]]:
         """Returns the exact value at a point as Σ c·√d: pairs (c, square-free d)."""

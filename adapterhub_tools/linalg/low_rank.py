@@ -61,7 +61,10 @@ class LowRankTerm:
         return int(self.left.shape[1]) + 4
 
     def bounds(self) -> F64Array:
-        """Returns for each row at least |s|·Σ_k |L|·|R| at every column; 0 only where every product is 0."""
+        """Returns for each row at least |s|·Σ_k |L|·|R| at every column; 0 only where every product is 0.
+
+        The smaller of two bounds: each |R| replaced by the largest of its row, and Cauchy and Schwarz's.
+        """
         if self.scale.coefficient == 0:
             return np.zeros(int(self.left.shape[0]))
         right = self.right
@@ -70,6 +73,9 @@ class LowRankTerm:
         # (s, s·L, a product) is off by an absolute amount, which the second half covers.
         reach = (self.left.abs() @ peaks).numpy()
         with np.errstate(all="ignore"):
+            if self.left.numel() and right.numel():
+                # fmin: an unknown length times zero is NaN, which leaves the first bound.
+                reach = np.fmin(reach, _row_lengths(self.left) * float(_row_lengths(right.T).max()))
             bound = reach * (abs(float(self.scale)) + UNDERFLOW)
             bound += UNDERFLOW * (float(peaks.sum()) + peaks.shape[0])
             bound = np.where(np.isnan(bound), np.inf, bound * SLACK)
@@ -83,6 +89,12 @@ class LowRankTerm:
             part.addmm_(left, self.right)
         else:
             part.addmm_(left.to(part.device), self.right.to(part.device))
+
+    def double_at(self, rows: IntArray, columns: IntArray) -> F64Array:
+        """Returns the product at points in binary64, within ``roundings`` of its bound; see DeltaTerm."""
+        left, right = self.left.numpy()[rows], self.right.numpy()[:, columns]
+        values: F64Array = np.einsum("pk,kp->p", left, right) * float(self.scale)
+        return values
 
     def at_points(self, rows: IntArray, columns: IntArray) -> tuple[Accumulator, npt.NDArray[np.bool_]]:
         """Returns the product at points, and where no over- or underflow can spoil it; see DeltaTerm."""
@@ -99,3 +111,14 @@ class LowRankTerm:
         left, right = self.left[row].tolist(), self.right[:, column].tolist()
         product = sum((Fraction(a) * Fraction(b) for a, b in zip(left, right, strict=True)), Fraction(0))
         return [(product * self.scale.coefficient, self.scale.radicand)]
+
+
+def _row_lengths(matrix: Tensor) -> F64Array:
+    """Returns the Euclidean norms of the rows, infinite where squares might underflow."""
+    largest = float(matrix.abs().max())
+    if largest == 0.0:
+        return np.zeros(int(matrix.shape[0]))
+    squares: F64Array = (matrix / largest).square().sum(dim=1).numpy()
+    with np.errstate(all="ignore"):
+        lengths = np.sqrt(squares) * largest
+    return np.where((squares > 2.0**-400) & (lengths > 2.0**-900), lengths, np.inf)

@@ -5,7 +5,8 @@ a boundary of d lies within E of y. For bfloat16 and float16 the boundaries are 
 binary32 nearest to y is not one of them, y is at least half a binary32 unit away from every one, which is
 far more than E unless y is small against the terms that cancelled in it. So two integer scans find every
 suspect: the pattern of a tie in the low bits, and a magnitude below a threshold. For float32, y − E and
-y + E are rounded and compared.
+y + E are rounded and compared. Sums of products that end in bfloat16 or float16 are evaluated in binary32
+first (linalg/single_block.py); only what that leaves open comes here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from adapterhub_tools.linalg.formats import FORMATS, AnyArray, F64Array, FloatFormat, round_double
+from adapterhub_tools.linalg.single_block import single_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +96,7 @@ class BlockRounder:
         self._magnitudes: npt.NDArray[np.uint16] = np.empty(shape, dtype=np.uint16)
         self._flags: npt.NDArray[np.bool_] = np.empty(shape, dtype=np.bool_)
         self._small_flags: npt.NDArray[np.bool_] = np.empty(shape, dtype=np.bool_)
+        self._first = single_block(expression, self._rows, columns, start=start, to=to, device=device)
         self.resolved: int = 0
 
     def round_rows(self, start: Tensor, out: Tensor, row: int) -> NonFinite | None:
@@ -109,6 +112,9 @@ class BlockRounder:
         """
         suspects = _Suspects()
         n = int(start.shape[0])
+        if self._first is not None and (open_points := self._first.round(start, out, row)) is not None:
+            self._decide(open_points, start, out, row, suspects)
+            return self._resolve(out, row, suspects)
         for first in range(0, n, self._rows):
             last = min(n, first + self._rows)
             self._round_block(start[first:last], out[first:last], row + first, first, suspects)
@@ -197,6 +203,20 @@ class BlockRounder:
         where = torch.from_numpy(index.astype(np.int64))
         for values, kept in ((start, suspects.start), (computed, suspects.computed)):
             kept.append(values.reshape(-1)[where.to(values.device)].to("cpu", torch.float64).numpy())
+
+    def _decide(self, index: IntArray, start: Tensor, out: Tensor, row: int, suspects: _Suspects) -> None:
+        """Decides in binary64 what binary32 left open, and adds the rest to the suspects."""
+        if self._first is None or not len(index):
+            return
+        rows, columns = np.divmod(index, self._columns)
+        values = start.reshape(-1)[torch.from_numpy(index)].double().numpy()
+        bits, left = self._first.decide(rows + row, columns, values)
+        _bits(out, self._to).reshape(-1)[index] = bits.view(self._to.numpy_bits)
+        if len(left):
+            suspects.rows.append(rows[left])
+            suspects.columns.append(columns[left])
+            suspects.start.append(values[left])
+            suspects.computed.append(values[left])
 
     def _resolve(self, out: Tensor, row: int, suspects: _Suspects) -> NonFinite | None:
         if not suspects.rows:
