@@ -23,9 +23,9 @@ from adapterhub_tools.linalg.panels import panels_of, rows_of_panel
 if TYPE_CHECKING:
     from adapterhub_tools.linalg.panels import Panels
 
-SAMPLED_ROWS = 2048
-SAMPLED_COLUMNS = 64
-"""Where they cross lie the values that the bracket comes from."""
+SAMPLED_GROUPS = 64
+SAMPLED_LINES = 32
+"""The sample: so many groups, each of so many rows and columns and the values where they cross."""
 KEPT_VALUES = 1 << 21
 """At most so many magnitudes are held: 16 MiB, and as much while they are sorted."""
 _SHARE = 0.002
@@ -98,16 +98,16 @@ class _Bracket:
 
 def _brackets(source: Panels, ranks: Sequence[int]) -> list[_Bracket]:
     rows, columns = source.shape
-    sample = source.points(_spread(rows, SAMPLED_ROWS), _spread(columns, SAMPLED_COLUMNS)).abs()
+    sample = source.points(_spread(rows), _spread(columns)).abs_()
     flat = sample.numpy().reshape(-1)
     brackets = []
     for rank in ranks:
         place = (rank + 0.5) / (rows * columns)
         at = min(len(flat) - 1, int(place * len(flat)))
-        # Rows differ in size, so a row is one observation of the share that lies below.
-        shares = (sample <= float(np.partition(flat, at)[at])).double().mean(dim=1)
-        deviation = float(shares.std()) if len(shares) > 1 else 0.5
-        reach = max(_SHARE, _DEVIATIONS * deviation / sqrt(len(shares)))
+        below = (sample <= float(np.partition(flat, at)[at])).double()
+        # Rows differ in size, and columns do, so each is one observation of the share that lies below.
+        spread = sum(_variance_of_mean(below.mean(dim=axis)) for axis in (1, 2))
+        reach = max(_SHARE, _DEVIATIONS * sqrt(spread))
         first, last = int((place - reach) * len(flat)), ceil((place + reach) * len(flat))
         ordered = np.partition(flat, [max(first, 0), min(last, len(flat) - 1)])
         brackets.append(
@@ -120,12 +120,16 @@ def _brackets(source: Panels, ranks: Sequence[int]) -> list[_Bracket]:
     return brackets
 
 
-def _spread(length: int, count: int) -> torch.Tensor:
-    """Returns so many indices of a length, spread evenly."""
-    if length <= count:
-        return torch.arange(length)
+def _variance_of_mean(shares: torch.Tensor) -> float:
+    return float(shares.var()) / shares.numel() if shares.numel() > 1 else 0.25
+
+
+def _spread(length: int) -> torch.Tensor:
+    """Returns indices of a length, spread evenly, in SAMPLED_GROUPS groups of SAMPLED_LINES."""
+    count = SAMPLED_GROUPS * SAMPLED_LINES
     # Multiples of the golden section have no period, such as that of attention heads.
-    return torch.from_numpy(np.unique((np.arange(count) * _GOLDEN % 1.0 * length).astype(np.int64)))
+    spread = (np.arange(count) * _GOLDEN % 1.0 * length).astype(np.int64)
+    return torch.from_numpy(spread).view(SAMPLED_LINES, SAMPLED_GROUPS).t().contiguous()
 
 
 def _by_bits(source: Panels, rank: int) -> float:

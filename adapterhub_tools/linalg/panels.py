@@ -60,13 +60,15 @@ class Panels(Protocol):
         ...
 
     def points(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Returns values where rows and columns cross, of all rows or of some spread evenly, as a sample.
+        """Returns a sample of values: in each group, those where its rows and its columns cross.
 
         Their last bits may differ from those of the panels.
 
+        Shapes: (groups, m) and (groups, n) give (groups, at most m, n); rows that are left out are the last.
+
         Args:
-            rows: int64, ascending.
-            columns: int64, ascending.
+            rows: row indices.
+            columns: column indices.
         """
         ...
 
@@ -132,7 +134,7 @@ class TermPanels(_Blocks):
         """Returns values for a sample; see Panels."""
         if self._product is not None:
             left = self._product.left[rows] * float(self._product.scale)
-            return left @ self._product.right[:, columns]
+            return torch.bmm(left, self._product.right[:, columns].transpose(0, 1))
         return _by_rows(self._fill, rows, columns, self.shape[1])
 
     def _fill(self, block: Tensor, first: int) -> None:
@@ -186,10 +188,12 @@ class ExpressionPanels(_Blocks):
 
 
 def _by_rows(fill: Callable[[Tensor, int], None], rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Computes whole rows, of some of those that are asked for, and keeps some columns of them."""
-    found = []
-    for index in rows[:: -(-len(rows) // _WHOLE_ROWS)].tolist():
-        row = torch.empty(1, width, dtype=torch.float64)
-        fill(row, index)
-        found.append(row[:, columns])
-    return torch.cat(found)
+    """Computes whole rows, of each group as many as make _WHOLE_ROWS together, and keeps some columns."""
+    kept = min(int(rows.shape[1]), max(1, _WHOLE_ROWS // len(rows)))
+    found = torch.empty(len(rows), kept, int(columns.shape[1]), dtype=torch.float64)
+    row = torch.empty(1, width, dtype=torch.float64)
+    for group in range(len(rows)):
+        for place in range(kept):
+            fill(row, int(rows[group, place]))
+            found[group, place] = row[0, columns[group]]
+    return found

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from adapterhub_tools.linalg.formats import AnyArray
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,7 +30,7 @@ class SignElection:
         self._majority = majority
         self._sign = torch.empty(0, dtype=torch.float64)
         self._other = torch.empty(0, dtype=torch.float64)
-        self._count = np.empty(0, dtype=np.uint16)
+        self._count: AnyArray = np.empty(0, dtype=np.uint8)
         self._flags = np.empty(0, dtype=np.bool_)
 
     def mean(self, deltas: list[Tensor]) -> Tensor:
@@ -46,7 +48,7 @@ class SignElection:
         """
         if len(deltas) == 1:
             return deltas[0]
-        sign, other, count, flags = self._buffers(deltas[0])
+        sign, other, count, flags = self._buffers(deltas[0], len(deltas))
         if self._majority == "total":
             torch.add(deltas[0], deltas[1], out=sign)
             for delta in deltas[2:]:
@@ -65,22 +67,15 @@ class SignElection:
         total = deltas[0]
         for delta in deltas[1:]:
             total.add_(delta)
-        np.maximum(count, np.uint16(1), out=count)
+        np.maximum(count, count.dtype.type(1), out=count)
         np.copyto(other.numpy(), count)
         return total.div_(other).mul_(sign)
 
-    def _buffers(
-        self, like: Tensor
-    ) -> tuple[
-        Tensor,
-        Tensor,
-        np.ndarray[tuple[int, ...], np.dtype[np.uint16]],
-        np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-    ]:
+    def _buffers(self, like: Tensor, voters: int) -> tuple[Tensor, Tensor, AnyArray, AnyArray]:
         size = like.numel()
         if self._sign.numel() < size:
             self._sign, self._other = torch.empty(2, size, dtype=torch.float64)
-            self._count = np.empty(size, dtype=np.uint16)
+            self._count = np.empty(size, dtype=np.uint8 if voters < 256 else np.uint32)
             self._flags = np.empty(size, dtype=np.bool_)
         shape = tuple(like.shape)
         return (

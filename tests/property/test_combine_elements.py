@@ -47,7 +47,7 @@ class DensePanels:
         return self.matrix[first:last].clone()
 
     def points(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.matrix[rows][:, columns]
+        return self.matrix[rows[:, :, None], columns[:, None, :]]
 
     def blocks(self) -> Any:
         for number in range(panels_of(self.shape)):
