@@ -1,12 +1,17 @@
-"""Shrinking and extracting, against a dense SVD of the same matrices.
+"""Shrinking, extracting and combining, against a dense SVD of the same matrices.
 
     python benchmarks/algebra.py shrink --runs 5
     python benchmarks/algebra.py extract --runs 3
+    python benchmarks/algebra.py combine --runs 5
 
 ``shrink``: a synthetic Llama-7B-shaped adapter, r = 64 on 224 modules, to r = 8. Goals: at most 3 s more than
 a process that only imports torch, and at least 500 times faster than the dense way.
 ``extract``: a TinyLlama-1.1B-shaped base and the same with a rank-64 adapter merged into it, in bfloat16, at
 rank 32. Goals: at least 10 times faster than the dense way, errors within 1 % of the optimum, 600 MB.
+
+``combine``: four synthetic Llama-7B-shaped adapters, r = 16 on 224 modules, by ``linear`` and ``cat`` to
+r = 64 and by ``svd`` to r = 16. Goals: at most 5 s each, 600 MB. There is no dense reference: PEFT's needs the
+model in memory, and its ``linear`` computes something else (docs/combine.md).
 
 The dense way is benchmarks/dense_svd.py, our own reference (in float32, one matrix of each shape times the
 count), because the tools that work so would need days for all matrices. It runs in the same minute.
@@ -97,17 +102,43 @@ def extract(folder: Path, runs: int, factors: str) -> tuple[list[interleave.Run]
     ]
 
 
+def combine(folder: Path, runs: int, factors: str) -> tuple[list[interleave.Run], list[Goal]]:
+    adapters = [folder / f"adapter{i}" for i in range(4)]
+    for place, adapter in enumerate(adapters):
+        synthetic("adapter", "7b", adapter, "--rank", 16, "--factors", factors, "--seed", place)
+    out = folder / "out"
+    words = [adaptertool(), "combine", *map(str, adapters), "--weights", "0.4,0.3,0.2,-0.1"]
+    methods = ("linear", "cat", "svd")
+    found = interleave.interleave(
+        {
+            START: [sys.executable, "-c", "import torch"],
+            **{f"combine {m}": [*words, "--method", m, "--out", str(out), "-q"] for m in methods},
+        },
+        runs,
+        inputs=adapters,
+        outputs=[out],
+    )
+    return found, [
+        goal
+        for m in methods
+        for goal in (
+            Goal(text=f"{m}: seconds", measured=median(found, f"combine {m}"), limit=5),
+            Goal(text=f"{m}: peak MB", measured=peak(found, f"combine {m}"), limit=600),
+        )
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("shrink", "extract"))
+    parser.add_argument("what", choices=("shrink", "extract", "combine"))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--factors", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--workdir", type=Path, help="where the files go; they are removed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="adaptertool-bench-", dir=options.workdir) as name:
-        work = {"shrink": shrink, "extract": extract}[options.what]
+        work = {"shrink": shrink, "extract": extract, "combine": combine}[options.what]
         runs, goals = work(Path(name), options.runs, options.factors)
         facts = interleave.machine_facts(Path(name))
     summaries = interleave.summarise(runs, START)

@@ -106,8 +106,8 @@ def adapter_tensors(shape: Shape, rank: int) -> Layout:
 class Pool:
     """64 MiB of normal numbers, read in a ring at an offset that moves on with every read."""
 
-    def __init__(self, std: float, dtype: str) -> None:
-        rng = np.random.default_rng(SEED)
+    def __init__(self, std: float, dtype: str, seed: int = SEED) -> None:
+        rng = np.random.default_rng(seed)
         count = POOL_BYTES // (2 if dtype == "bfloat16" else 4)
         values: np.ndarray[tuple[int], np.dtype[Any]] = np.empty(
             count, np.uint16 if dtype == "bfloat16" else np.float32
@@ -230,12 +230,15 @@ def base_config(shape: Shape) -> dict[str, object]:
     }
 
 
-def make_adapter(name: str, directory: Path, *, factors: str, base_id: str, rank: int = 16) -> int:
+def make_adapter(
+    name: str, directory: Path, *, factors: str, base_id: str, rank: int = 16, seed: int = SEED
+) -> int:
     """Write a LoRA adapter for the base called ``name`` and return its trainable parameters."""
     shape = SHAPES[name]
     directory.mkdir(parents=True)
     tensors = adapter_tensors(shape, rank)
-    write_safetensors(directory / "adapter_model.safetensors", tensors, factors, Pool(FACTOR_STD, factors))
+    pool = Pool(FACTOR_STD, factors, seed)
+    write_safetensors(directory / "adapter_model.safetensors", tensors, factors, pool)
     targets = [path.rpartition(".")[2] for path in linear_layers(shape)]
     _write_json(directory / "adapter_config.json", adapter_config(base_id, rank, targets))
     return sum(math.prod(size) for size in tensors.values())
@@ -292,6 +295,7 @@ def main() -> None:
         "--factors", choices=("float32", "bfloat16"), default="float32", help="dtype of A and B"
     )
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the factors")
     parser.add_argument("--base-id", default="synthetic", help="base_model_name_or_path of the adapter")
     options = parser.parse_args()
     if options.kind == "base":
@@ -303,6 +307,7 @@ def main() -> None:
             factors=options.factors,
             base_id=options.base_id,
             rank=options.rank,
+            seed=options.seed,
         )
         print(f"{count:,} trainable parameters in {options.directory}")
 

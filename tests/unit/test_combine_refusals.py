@@ -6,16 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import adapterhub_tools as at
 from adapterhub_tools.cli.main import cli
 from tests.property.low_rank_folders import PREFIX, gaussian, write_base, write_lora
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Change = Callable[[Path], dict[str, Any]]
 
