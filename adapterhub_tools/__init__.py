@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         content_digest,
         convert,
         extract,
+        fit,
         init,
         inspect,
         list_adapters,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.ops.init import InitReport
     from adapterhub_tools.ops.inspect import AdapterReport
     from adapterhub_tools.ops.merge_report import MergeReport
+    from adapterhub_tools.ops.server_report import ServerReport
     from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
     from adapterhub_tools.ops.sign import SignReport
     from adapterhub_tools.ops.unmerge_report import UnmergeReport
@@ -76,6 +78,7 @@ _HOMES = {
         "content_digest",
         "convert",
         "extract",
+        "fit",
         "init",
         "inspect",
         "list_adapters",
@@ -116,6 +119,7 @@ _HOMES = {
     "ops.base_report": ("BaseReport",),
     "ops.inspect": ("AdapterReport",),
     "ops.merge_report": ("MergeReport",),
+    "ops.server_report": ("ServerReport",),
     "ops.shrink_report": ("LowRankReport", "ModuleReport"),
     "ops.sign": ("SignReport",),
     "ops.unmerge_report": ("UnmergeReport",),
@@ -152,6 +156,7 @@ __all__ = [
     "Progress",
     "PullReport",
     "PushReport",
+    "ServerReport",
     "SignReport",
     "SilentProgress",
     "StoreError",
@@ -169,6 +174,7 @@ __all__ = [
     "content_digest",
     "convert",
     "extract",
+    "fit",
     "init",
     "inspect",
     "list_adapters",

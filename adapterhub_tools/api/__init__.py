@@ -17,6 +17,7 @@ from adapterhub_tools.api.low_rank import convert, extract, svd_shrink
 from adapterhub_tools.api.paths import Reference, local_path, optional_path
 from adapterhub_tools.api.proof import sign, unmerge, verify
 from adapterhub_tools.api.safety import scan
+from adapterhub_tools.api.serving import fit
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -35,6 +36,7 @@ __all__ = [
     "content_digest",
     "convert",
     "extract",
+    "fit",
     "init",
     "inspect",
     "list_adapters",

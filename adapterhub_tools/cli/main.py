@@ -32,6 +32,7 @@ COMMANDS = {
     "svd-shrink": "Lower the ranks of an adapter.",
     "combine": "Make one adapter of several.",
     "convert": "Write an adapter as another method.",
+    "fit": "Write an adapter so that a server takes it.",
     "extract": "Make an adapter of what a tuned model changed.",
     "push": "Publish an adapter on the Hub or in a registry.",
     "pull": "Bring an adapter from the Hub or a registry, verified.",

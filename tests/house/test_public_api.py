@@ -37,6 +37,8 @@ ONLY_IN_PYTHON = {
 # Where the two have to differ for one command only: (command, name) -> reason.
 _MODELS = "BASE ADAPTER MERGED stand in the order of `merge`, or MERGED alone; in Python each has its name"
 DIFFERENCES: dict[tuple[str, str], str] = {
+    ("fit", "for"): "for is a keyword of Python; the function calls it server",
+    ("fit", "server"): "for is a keyword of Python; the function calls it server",
     ("verify", "models"): _MODELS,
     ("verify", "base"): _MODELS,
     ("verify", "adapter"): _MODELS,
