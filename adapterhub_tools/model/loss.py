@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, log10, sqrt
+from math import inf, isfinite, log10, sqrt
 from typing import Any
 
 SURVIVAL_LIMIT = 0.5
@@ -45,24 +45,24 @@ class Loss:
     @property
     def relative_error(self) -> float | None:
         """||dW_q - dW|| / ||dW||, the error relative to the change; None without a change."""
-        return None if self.delta == 0 else sqrt(self.error / self.delta)
+        return None if self.delta == 0 else sqrt(self.error) / sqrt(self.delta)
 
     @property
     def sqnr(self) -> float | None:
         """10*log10(||W'||^2 / ||W'_q - W'||^2), in dB; inf where nothing is lost, None where W' is 0."""
         if self.merged == 0:
             return None
-        return inf if self.error == 0 else 10 * log10(self.merged / self.error)
+        return inf if self.error == 0 else 10 * (log10(self.merged) - log10(self.error))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the three figures; JSON has no infinity, so an SQNR without an error is null."""
-        sqnr = self.sqnr
-        return {
-            "values": self.values,
+        figures = {
             "survival": self.survival,
             "relative_error": self.relative_error,
-            "sqnr_db": None if sqnr == inf else sqnr,
+            "sqnr_db": self.sqnr,
         }
+        finite = {n: None if f is None or not isfinite(f) else f for n, f in figures.items()}
+        return {"values": self.values, **finite}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,11 +162,11 @@ def _loaded(
             remedy="Merge --onto dequantized and load the result with a quantisation config, which quantises "
             "it in the same way; or give a base that is stored quantised.",
         )
-    if options.onto == "original" and asked is not None:
+    if options.onto == "original" and (asked is not None or options.compute_dtype is not None):
         raise MismatchError.of(
             "quant-unused",
-            f"--quant says {asked.words}, but --onto original does not quantise.",
-            loc="--quant",
+            "--onto original takes the base as it is stored, so --quant and --compute-dtype change nothing.",
+            loc="--onto",
             remedy="Leave one of the two out.",
         )
     parts = fit_all(opened, paths, scales, checkpoint)
@@ -175,7 +175,8 @@ def _loaded(
         if not asked.same_values(declared) and options.check_base != "off":
             raise _other_scheme(f"the manifest records {declared.words}", asked, checkpoint)
         scheme = replace(asked, compute_dtype=asked.compute_dtype or declared.compute_dtype)
-    onto = options.onto or ("original" if scheme is None else "dequantized")
+    undeclared = scheme is None and options.compute_dtype is None
+    onto = options.onto or ("original" if undeclared else "dequantized")
     if onto == "original":
         notes = []
         if scheme is None and options.onto is None:

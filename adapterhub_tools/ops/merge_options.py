@@ -11,6 +11,7 @@ from adapterhub_tools.model.tensor import DTYPE_NAMES
 
 CHECKS = ("full", "targets", "off")
 LOSS_KINDS = ("sampled", "full", "off")
+COMPUTE_DTYPES = ("bf16", "fp16", "fp32", "BF16", "F16", "F32")
 TARGETS = ("dequantized", "original", "quantized")
 
 
@@ -100,6 +101,9 @@ class MergeOptions:
             raise ValueError(f"check_base must be one of {', '.join(CHECKS)}, not {self.check_base!r}")
         if self.onto is not None and self.onto not in TARGETS:
             raise ValueError(f"onto must be one of {', '.join(TARGETS)}, not {self.onto!r}")
+        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
+            known = ", ".join(COMPUTE_DTYPES)
+            raise ValueError(f"compute_dtype must be one of {known}, not {self.compute_dtype!r}")
         if self.loss is not None and self.loss not in LOSS_KINDS:
             raise ValueError(f"loss must be one of {', '.join(LOSS_KINDS)}, not {self.loss!r}")
         if self.device not in ("auto", "cpu", "cuda"):
