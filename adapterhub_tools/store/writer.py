@@ -22,7 +22,7 @@ from pathlib import Path
 from adapterhub_tools.errors import StoreError
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
-LAG_BYTES = 64 << 20
+LAG_BYTES = 32 << 20
 """How much may be on its way to the disk before the oldest range is waited for and dropped from the cache."""
 
 
