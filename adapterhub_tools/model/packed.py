@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterhub_tools.model.quant_scheme import QuantScheme
@@ -55,7 +55,9 @@ class PackedOutput:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PackedOutput:
         """Reads what ``to_json`` wrote."""
+        said = data["scheme"]
+        scheme = replace(QuantScheme.from_json(said), nested_block_size=said["nested_block_size"])
         return cls(
-            scheme=QuantScheme.from_json(data["scheme"]),
+            scheme=scheme,
             parts={role: PlacedTensor.from_json(part) for role, part in data["parts"].items()},
         )

@@ -11,18 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools.architectures import lookup
-from adapterhub_tools.errors import IntegrityError, MismatchError, Problem, UnsupportedError
+from adapterhub_tools.errors import IntegrityError, MismatchError, UnsupportedError, raise_for
 from adapterhub_tools.model.manifest import MANIFEST_NAME
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
-from adapterhub_tools.model.tensor import FLOAT_DTYPES
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.ops.dequantised_view import loaded_view, stored_view
 from adapterhub_tools.ops.loaded_modules import loaded_modules
 from adapterhub_tools.ops.merge_inputs import fit_all
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
-from adapterhub_tools.ops.quantised_base import quantised_weights, stored_scheme
+from adapterhub_tools.ops.quantised_base import (
+    quantised_weights,
+    recorded_scheme_problems,
+    refuse_conv1d,
+    stored_scheme,
+)
 from adapterhub_tools.ops.quantised_hints import hint
 from adapterhub_tools.store.checkpoint import Checkpoint
 
@@ -81,11 +84,10 @@ def settle_base(
     asked = None
     if options.quant is not None:
         asked = QuantScheme.parse(options.quant, compute_dtype=options.compute_dtype)
-    declared = _declared(opened)
     if weights:
-        base = _stored(checkpoint, weights, asked, declared, opened, paths, scales, options)
+        base = _stored(checkpoint, weights, asked, opened, paths, scales, options)
     else:
-        base = _loaded(checkpoint, asked, declared, opened, paths, scales, options)
+        base = _loaded(checkpoint, asked, opened, paths, scales, options)
     if options.undo and base.onto != "original":
         raise UnsupportedError.of(
             "undo-quantised",
@@ -101,7 +103,6 @@ def _stored(
     checkpoint: Checkpoint,
     weights: Mapping[str, QuantizedTensor],
     asked: QuantScheme | None,
-    declared: QuantScheme | None,
     opened: Sequence[OpenedAdapter],
     paths: Sequence[Path],
     scales: Sequence[float],
@@ -121,11 +122,14 @@ def _stored(
     if asked is not None and not asked.same_values(scheme):
         raise _other_scheme(f"the base is stored as {scheme.words}", asked, checkpoint)
     if options.check_base != "off":
-        _compare_stored(opened, scheme, declared)
-    _refuse_conv1d(checkpoint, weights)
+        manifests = [item.manifest for item in opened if item.manifest is not None]
+        found = [problem for item in manifests for problem in recorded_scheme_problems(item, weights)]
+        raise_for(found, IntegrityError)
+    refuse_conv1d(checkpoint, weights)
     onto = options.onto or "dequantized"
     notes = []
     compute = _compute_dtype(options, asked)
+    declared = _declared(opened, needed=False)
     if compute is None and declared is not None:
         compute = declared.compute_dtype
     if compute not in (None, scheme.compute_dtype) and scheme.compute_dtype is not None:
@@ -147,7 +151,6 @@ def _stored(
 def _loaded(
     checkpoint: Checkpoint,
     asked: QuantScheme | None,
-    declared: QuantScheme | None,
     opened: Sequence[OpenedAdapter],
     paths: Sequence[Path],
     scales: Sequence[float],
@@ -170,6 +173,7 @@ def _loaded(
             remedy="Leave one of the two out.",
         )
     parts = fit_all(opened, paths, scales, checkpoint)
+    declared = _declared(opened, needed=options.onto != "original" and asked is None)
     scheme = asked or declared
     if asked is not None and declared is not None:
         if not asked.same_values(declared) and options.check_base != "off":
@@ -228,62 +232,44 @@ def _compute_dtype(options: MergeOptions, asked: QuantScheme | None) -> str | No
     return QuantScheme.parse("nf4", compute_dtype=options.compute_dtype).compute_dtype
 
 
-def _declared(opened: Sequence[OpenedAdapter]) -> QuantScheme | None:
-    """Returns the scheme that the manifests record; they must agree."""
-    found = [
-        QuantScheme.from_json(item.manifest.base.quantisation, file=MANIFEST_NAME, loc="/base/quantisation")
-        for item in opened
-        if item.manifest is not None and item.manifest.base.quantisation is not None
-    ]
-    for other in found[1:]:
-        if not other.same_values(found[0]):
-            raise MismatchError.of(
-                "quant-schemes",
-                f"the adapters were trained on bases that were quantised differently: {found[0].words}, and "
-                f"{other.words}.",
-                file=MANIFEST_NAME,
-                loc="/base/quantisation",
-                remedy="Merge them one after the other, or --onto original.",
-            )
-    return found[0] if found else None
+def _declared(opened: Sequence[OpenedAdapter], *, needed: bool) -> QuantScheme | None:
+    """Returns the scheme that the manifests record.
 
+    Args:
+        opened: the adapters.
+        needed: False where schemes that are not known here, or differ, are passed over.
 
-def _compare_stored(
-    opened: Sequence[OpenedAdapter], scheme: QuantScheme, declared: QuantScheme | None
-) -> None:
-    """Compares how a base is stored with what the manifests record."""
-    problems = []
-
-    def add(message: str, loc: str) -> None:
-        remedy = "Use the base that the adapter was trained on, or --check-base off."
-        problems.append(
-            Problem(kind="base-quantisation", file=MANIFEST_NAME, loc=loc, message=message, remedy=remedy)
-        )
-
-    if declared is not None and not declared.same_values(scheme):
-        add(f"the base is {scheme.words}; the manifest records {declared.words}.", "/base/quantisation")
+    Raises:
+        UnsupportedError: a scheme that is not known here.
+        MismatchError: they differ.
+    """
+    found: list[QuantScheme] = []
     for item in opened:
-        if item.manifest is None or item.manifest.base.quantisation is not None:
+        said = None if item.manifest is None else item.manifest.base.quantisation
+        if said is None:
             continue
-        dtype = item.manifest.base.dtype
-        if dtype in FLOAT_DTYPES:
-            add(f"the base is {scheme.words}; the manifest records a base in {dtype}.", "/base/dtype")
-    if problems:
-        raise IntegrityError(*problems)
-
-
-def _refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]) -> None:
-    """Refuses modules that are (in, out) in memory and in a plain checkpoint, but (out, in) quantised."""
-    architecture = lookup((checkpoint.config or {}).get("model_type"))
-    for name in weights:
-        if architecture is not None and architecture.is_conv1d(name.removesuffix(".weight")):
-            raise UnsupportedError.of(
-                "quantised-conv1d",
-                "it is a Conv1D module, whose quantised weight is stored transposed.",
-                file=checkpoint.tensors[name].file,
-                loc=name,
-                remedy="Merge onto the base in 16 bits, with --onto dequantized and --quant.",
-            )
+        try:
+            found.append(QuantScheme.from_json(said, file=MANIFEST_NAME, loc="/base/quantisation"))
+        except UnsupportedError as error:
+            if needed:
+                raise UnsupportedError.of(
+                    "unknown-scheme",
+                    error.problems[0].message,
+                    file=MANIFEST_NAME,
+                    loc="/base/quantisation",
+                    remedy="Merge --onto original, which takes the base as it is stored.",
+                ) from error
+    others = [item for item in found[1:] if not item.same_values(found[0])]
+    if others and needed:
+        raise MismatchError.of(
+            "quant-schemes",
+            f"the adapters were trained on bases that were quantised differently: {found[0].words}, and "
+            f"{others[0].words}.",
+            file=MANIFEST_NAME,
+            loc="/base/quantisation",
+            remedy="Merge them one after the other, or --onto original.",
+        )
+    return found[0] if found and not others else None
 
 
 def _other_scheme(known: str, asked: QuantScheme, checkpoint: Checkpoint) -> MismatchError:

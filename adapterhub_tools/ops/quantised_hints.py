@@ -13,8 +13,8 @@ _CARD = re.compile(r"(?m)^- ((?:load_in_[48]bit): True|bnb_4bit_[a-z_]+: \S+)$")
 _MAX_CARD = 1 << 20
 
 
-def hint(opened: OpenedAdapter) -> str | None:
-    """Returns what says that an adapter was trained on a quantised base; None if nothing does.
+def signs(opened: OpenedAdapter) -> list[str]:
+    """Returns what says that an adapter was trained on a quantised base; nothing if nothing does.
 
     Two places are looked at: the name of its base, and the training section that PEFT wrote into its card.
     """
@@ -25,6 +25,12 @@ def hint(opened: OpenedAdapter) -> str | None:
     lines = _card_lines(opened)
     if any(line.startswith("load_in_") for line in lines):
         found.append(f"its README says {', '.join(lines[:4])}")
+    return found
+
+
+def hint(opened: OpenedAdapter) -> str | None:
+    """Returns the remark that a merge makes of those signs; None if there are none."""
+    found = signs(opened)
     if not found:
         return None
     return (

@@ -175,6 +175,15 @@ def test_adapters_of_different_schemes_are_not_summed(scene: Path, adapter: Path
         at.merge(scene / "plain", [adapter, other], tmp_path / "out")
 
 
+def test_an_unknown_recorded_scheme_is_refused_where_it_is_needed(
+    scene: Path, adapter: Path, tmp_path: Path
+) -> None:
+    at.init(adapter, base=scene / "plain", quantisation={"scheme": "gptq"})
+    refused(at.UnsupportedError, "unknown-scheme", scene / "plain", adapter, tmp_path / "out")
+    report = at.merge(scene / "plain", adapter, tmp_path / "out", onto="original")
+    assert report.changed == report.expected
+
+
 def test_the_manifest_decides_and_original_is_said(scene: Path, adapter: Path, tmp_path: Path) -> None:
     at.init(adapter, base=scene / "plain", quantisation=SCHEME)
     told = at.merge(scene / "plain", adapter, tmp_path / "told")
