@@ -78,6 +78,8 @@ def verify(
     seed: int | None = None,
     threads: int | None = None,
     pubkey: Reference | None = None,
+    logits: bool = False,
+    input_ids: Sequence[Sequence[int]] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Checks a merged model, by this tool or another, against its base and adapters, receipt or signature.
@@ -94,6 +96,9 @@ def verify(
         threads: the number of workers; None chooses.
         pubkey: the public key of whoever signed the folder; alone, or beside the other checks. Any signed
             folder can be checked, an adapter's too (extra ``[sign]``).
+        logits: whether to run base with adapter, and the merged model, in float32 and compare their outputs;
+            needs memory for a whole model (extra ``[verify]``).
+        input_ids: the token ids to run, one list for each sequence; random ones if not given.
         progress: told how far it is.
 
     Returns:
@@ -102,18 +107,21 @@ def verify(
     Raises:
         FormatError: the base or an adapter is broken.
         MismatchError: an adapter does not fit the base.
-        UnsupportedError: the extra is not installed.
+        UnsupportedError: an extra is not installed, or the models cannot be run.
         ValueError: neither a receipt, a key, nor base and adapter to compare with; a scale that is not
             finite, or another number of them than one or one for each adapter.
         StoreError: a file cannot be read.
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import verify as op
+    from adapterhub_tools.ops.verify_logits import LogitsOptions, require_extra, with_logits
     from adapterhub_tools.ops.verify_receipt import verify_receipt
     from adapterhub_tools.ops.verify_report import VerifyOptions
     from adapterhub_tools.ops.verify_signature import verify_signature, with_signature
 
     folder = local_path(merged)
+    if logits:
+        require_extra()
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
     signature = None if pubkey is None else verify_signature(folder, local_path(pubkey))
     if signature is not None and not receipt and base is None and not adapters:
@@ -132,6 +140,13 @@ def verify(
     )
     with resolve.adapter_folders(adapters) as folders, resolve.base_folder(base) as base_path:
         report = op.verify(base_path, folders, folder, options, progress)
+        if logits:
+            chosen = LogitsOptions(
+                input_ids=tuple(tuple(row) for row in input_ids),
+                seed=report.seed or 0,
+                device="cuda" if device == "cuda" else "cpu",
+            )
+            report = with_logits(report, base_path, folders, folder, chosen)
     return with_signature(report, signature)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,14 @@ from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite, standard_options
 from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
+
+
+def token_ids(_: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+    """Reads lists of numbers, separated by commas."""
+    try:
+        return tuple(tuple(int(part) for part in value.split(",")) for value in values)
+    except ValueError as error:
+        raise click.BadParameter("expected whole numbers, such as 1,15,7.", param=param) from error
 
 
 @click.command(
@@ -49,6 +58,18 @@ from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK, AdapterError
     type=click.Path(path_type=Path, readable=False),
     help="Check the signature in MERGED with this public key; alone, or beside the rest (extra [sign]).",
 )
+@click.option(
+    "--logits",
+    is_flag=True,
+    help="Also run base with adapter, and MERGED, in float32 and compare their outputs (extra [verify]).",
+)
+@click.option(
+    "--input-ids",
+    multiple=True,
+    metavar="ID,ID,...",
+    callback=token_ids,
+    help="Token ids for --logits; once for each sequence, random ones if not given.",
+)
 @standard_options
 @click.pass_context
 def command(
@@ -61,6 +82,8 @@ def command(
     seed: int | None,
     threads: int | None,
     pubkey: Path | None,
+    logits: bool,
+    input_ids: tuple[tuple[int, ...], ...],
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -78,6 +101,10 @@ def command(
         raise click.UsageError(
             "give BASE, ADAPTER and MERGED; or MERGED alone with --receipt or --pubkey.", context
         )
+    if (logits and alone) or (input_ids and not logits):
+        raise click.UsageError(
+            "--logits needs BASE, ADAPTER and MERGED, and --input-ids needs --logits.", context
+        )
     check_scales(scale, len(scale) if alone else len(models) - 2)
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     try:
@@ -92,6 +119,8 @@ def command(
             seed=seed,
             threads=threads,
             pubkey=pubkey,
+            logits=logits,
+            input_ids=input_ids,
             progress=progress_for(output),
         )
     except AdapterError as error:

@@ -122,6 +122,7 @@ def verify(
         problems=tuple(problems),
         notes=tuple(notes),
         seed=run.seed,
+        scales=tuple(part.scale for part in parts),
     )
 
 

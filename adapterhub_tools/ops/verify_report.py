@@ -65,17 +65,65 @@ class TensorVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsReport:
+    """How far the outputs of the merged model are from those of base and adapter, all computed in float32.
+
+    Attributes:
+        sequences: how many sequences were run.
+        tokens: how many tokens they have together.
+        dtype: of the merged weights, the narrowest.
+        largest_absolute: the largest difference of a logit.
+        largest_relative: the same in units of the largest logit.
+        rms_relative: the root mean square of all differences, in units of that of all logits.
+        top1_agreement: the share of positions where the largest logit is the same one.
+        base_relative: as ``rms_relative``, for the base alone: what leaving the adapter out would give.
+        tolerance: the largest ``rms_relative`` that rounding to the dtype explains.
+    """
+
+    sequences: int
+    tokens: int
+    dtype: str
+    largest_absolute: float
+    largest_relative: float
+    rms_relative: float
+    top1_agreement: float
+    base_relative: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within the tolerance."""
+        return self.rms_relative <= self.tolerance
+
+    @property
+    def summary(self) -> str:
+        """A part of a line."""
+        return (
+            f"outputs differ by {self.rms_relative:.2g} (limit {self.tolerance:.2g}), at most by "
+            f"{self.largest_absolute:.3g}; {self.top1_agreement:.1%} have the same top token"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field."""
+        return {"ok": self.ok, **{name: getattr(self, name) for name in self.__slots__}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
     """What was checked and what is wrong.
 
     Attributes:
         path: the merged model.
-        mode: ``"receipt"`` (digests alone), ``"rows"`` or ``"full"``.
+        mode: ``"receipt"`` (digests alone), ``"signature"`` (that alone), ``"rows"`` or ``"full"``.
         device: what did the work: ``"cpu"``, or the name of the GPU.
         tensors: the verdicts.
         problems: everything that is wrong.
         notes: what was accounted for, and what this mode cannot see.
+        unchecked: why something could not be checked.
         seed: of the rows and probes; None where none were drawn.
+        signed_files: the files that the signature covers; None if none was asked for.
+        scales: what each delta was multiplied with; empty where only digests are compared.
+        logits: the comparison of outputs; None if it was not asked for.
     """
 
     path: str
@@ -87,6 +135,8 @@ class VerifyReport:
     unchecked: tuple[Problem, ...] = ()
     seed: int | None = None
     signed_files: tuple[str, ...] | None = None
+    scales: tuple[float, ...] = ()
+    logits: LogitsReport | None = None
 
     @property
     def ok(self) -> bool:
@@ -127,6 +177,7 @@ class VerifyReport:
             self.mode
         ]
         signed = f"; {signed}" if signed else ""
+        signed += f"; {self.logits.summary}" if self.logits is not None else ""
         return f"{state}: {len(self.tensors)} tensors {how} on {self.device}: {found or 'none'}{signed}"
 
     def to_json(self) -> dict[str, Any]:
@@ -140,6 +191,8 @@ class VerifyReport:
             "device": self.device,
             "seed": self.seed,
             "signed_files": None if self.signed_files is None else list(self.signed_files),
+            "scales": list(self.scales),
+            "logits": None if self.logits is None else self.logits.to_json(),
             "counts": self.counts,
             "tensors": [tensor.to_json() for tensor in self.tensors],
             "problems": [problem.to_json() for problem in self.problems],

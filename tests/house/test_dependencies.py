@@ -31,7 +31,13 @@ def imported() -> dict[str, str]:
 
 
 # Modules of extras that the package imports where they are asked for, with the extra.
-OPTIONAL = {"cryptography": "sign", "matplotlib": "plot", "model_signing": "sign"}
+OPTIONAL = {
+    "cryptography": "sign",
+    "matplotlib": "plot",
+    "model_signing": "sign",
+    "peft": "verify",
+    "transformers": "verify",
+}
 
 
 def optional() -> set[str]:
