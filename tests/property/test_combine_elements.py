@@ -319,3 +319,10 @@ def test_slerp_takes_two_adapters_and_weights_from_zero() -> None:
     for weights in ((-1.0, 1.0), (0.0, 0.0)):
         with pytest.raises(ValueError, match="at least 0"):
             method_of("slerp").check_weights(weights)
+
+
+def test_equal_magnitudes_of_della_are_ranked_by_column() -> None:
+    deltas = [(d * 2).round() / 2 for d in matrices(2, 30, 40, seed=2)]
+    options = {"density": 0.5, "epsilon": 0.9, "seed": 4}
+    wanted = expected("della", [d.numpy() for d in deltas], options)
+    np.testing.assert_allclose(combined("della", deltas, **options), wanted, rtol=1e-13, atol=0)
