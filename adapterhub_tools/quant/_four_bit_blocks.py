@@ -1,12 +1,14 @@
-"""Blocks of a weight on their way to four bits: their scales and their codes."""
+"""Blocks of a weight on their way to four bits: their scales, and their values in units of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from adapterhub_tools.quant._code_book import CodeBook, largest
+from adapterhub_tools.quant._code_book import largest
+from adapterhub_tools.quant._parts import non_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,23 +28,27 @@ def block_scales(blocks: Tensor, *, short: bool = False) -> Tensor:
     return scales.clamp_(min=SMALLEST) if short else scales
 
 
-def block_codes(book: CodeBook, blocks: Tensor, scales: Tensor, *, short: bool = False) -> Tensor:
-    """Returns the codes of values divided by their block's scale.
+def scaled_blocks(blocks: Tensor, scales: Tensor, *, short: bool = False) -> Tensor:
+    """Returns values divided by their block's scale, as they are before they get a code.
 
     bitsandbytes multiplies full blocks with the reciprocal and divides the last one where it is short, both
     in binary32; the two can differ in the last bit, and then in the code.
 
     Args:
-        book: the values.
         blocks: bfloat16, float16 or float32 (n, size).
         scales: float32 (n,).
         short: the weight's last block, which is not full.
 
     Returns:
-        uint8 (n * size,).
+        float32 (n * size,).
     """
     if short:
-        scaled = blocks.to(torch.float32) / scales[:, None]
-    else:
-        scaled = blocks * torch.reciprocal(scales.clamp(min=SMALLEST))[:, None]
-    return book.codes(scaled.view(-1))
+        return (blocks.to(torch.float32) / scales[:, None]).view(-1)
+    return (blocks * torch.reciprocal(scales.clamp(min=SMALLEST))[:, None]).view(-1)
+
+
+def refuse_non_finite(scales: Tensor, first: int) -> None:
+    """Raises FormatError if a scale is not finite; ``first`` is the number of the first block."""
+    finite = np.isfinite(scales.numpy())
+    if not finite.all():
+        raise non_finite("", first + int(np.flatnonzero(~finite)[0]))

@@ -10,9 +10,8 @@ import torch
 from adapterhub_tools.model.quant_scheme import QuantScheme
 from adapterhub_tools.model.tensor import TensorSpec
 from adapterhub_tools.quant._code_book import PIECE, CodeBook, pack
-from adapterhub_tools.quant._four_bit_blocks import block_codes, block_scales
+from adapterhub_tools.quant._four_bit_blocks import block_scales, refuse_non_finite, scaled_blocks
 from adapterhub_tools.quant._nested import dynamic_code_book, quantize_scales
-from adapterhub_tools.quant._parts import non_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +35,7 @@ class FourBitEncoder:
         self._size = scheme.block_size or 1
         self._rest = torch.empty(0, dtype=dtype)
         self._scales: list[Tensor] = []
+        self._blocks = 0
 
     def add(self, rows: Tensor) -> Tensor:
         """Takes the next rows.
@@ -128,11 +128,10 @@ class FourBitEncoder:
 
     def _encode(self, blocks: Tensor, *, short: bool = False) -> Tensor:
         scales = block_scales(blocks, short=short)
-        if not bool(torch.isfinite(scales).all()):
-            done = sum(part.numel() for part in self._scales)
-            raise non_finite("", done + int((~torch.isfinite(scales)).nonzero()[0]))
+        refuse_non_finite(scales, self._blocks)
         self._scales.append(scales)
-        codes = block_codes(self._book, blocks, scales, short=short)
+        self._blocks += scales.numel()
+        codes = self._book.codes(scaled_blocks(blocks, scales, short=short))
         if codes.numel() % 2:
             codes = torch.cat([codes, self._book.codes(torch.zeros(1))])
         return pack(codes)

@@ -9,9 +9,8 @@ import torch
 
 from adapterhub_tools.model.quant_scheme import QuantScheme
 from adapterhub_tools.quant._code_book import PIECE, CodeBook
-from adapterhub_tools.quant._four_bit_blocks import block_codes, block_scales
+from adapterhub_tools.quant._four_bit_blocks import block_scales, refuse_non_finite, scaled_blocks
 from adapterhub_tools.quant._nested import dequantize_scales, dynamic_code_book, quantize_scales
-from adapterhub_tools.quant._parts import non_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +94,7 @@ class FourBitLoader:
         if not self._transposed:
             self._short(self._rest)
             self._rest = self._rest[:0]
-        self._refuse_non_finite(self._own)
+        refuse_non_finite(self._own, 0)
         self._used = self._own
         if self._scheme.double:
             nested = quantize_scales(self._own, self._scheme.nested_block_size)
@@ -155,17 +154,10 @@ class FourBitLoader:
             own, used = self._own[where], self._used[where]
         else:
             own = used = block_scales(values, short=short)
-            self._refuse_non_finite(own)
-        codes = block_codes(self._book, values, own, short=short)
-        result = self._book.values_of(codes).view(values.shape)
+            refuse_non_finite(own, 0)
+        result = self._book.nearest(scaled_blocks(values, own, short=short)).view(values.shape)
         out.copy_(result.mul_(used[:, None]))
 
     def _short(self, values: Tensor) -> None:
         if values.numel():
             self._own[-1:] = block_scales(values.view(1, -1), short=True)
-
-    @staticmethod
-    def _refuse_non_finite(scales: Tensor) -> None:
-        finite = torch.isfinite(scales)
-        if not bool(finite.all()):
-            raise non_finite("", int((~finite).nonzero()[0]))

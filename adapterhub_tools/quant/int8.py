@@ -9,7 +9,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339; bitsandbytes 0.50.2, ``functiona
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from adapterhub_tools.errors import FormatError, Problem
 from adapterhub_tools.model.quant_parts import part_problems, wrong_part
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
 from adapterhub_tools.model.tensor import TensorSpec
+from adapterhub_tools.quant._code_book import PIECE
 from adapterhub_tools.quant._parts import damaged, flat_bounds, non_finite
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Int8:
         Returns:
             (rows, columns) of ``dtype``.
 
-        Memory: 4 bytes for each value beside the result.
+        Memory: 1 MiB beside the result.
         """
         values = data.view(torch.int8).view(rows, prod(tensor.spec.shape[1:]))
         return _dequantized(values, scales[first_row : first_row + rows, None], dtype, out)
@@ -222,16 +223,33 @@ def _refuse_non_finite(largest: Tensor, first: int) -> None:
 
 
 def _quantized(half: Tensor, scales: Tensor) -> Tensor:
-    """Returns round(value · (127 / scale)) in binary32, ties to even, as int8; 0 where the scale is 0."""
+    """Returns round(value · (127 / scale)) in binary32, ties to even, as int8; 0 where the scale is 0.
+
+    Args:
+        half: float16 (n, columns).
+        scales: float32, (n, 1) or (columns,).
+    """
     factors = torch.where(scales == 0, 0.0, 127.0 / scales)
-    return (half * factors).round_().to(torch.int8)
+    out = torch.empty(half.shape, dtype=torch.int8)
+    for rows in _pieces(half):
+        out[rows] = (half[rows] * (factors[rows] if scales.dim() == 2 else factors)).round_().to(torch.int8)
+    return out
 
 
 def _dequantized(values: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    product = (values * scales).mul_(_STEP)
     if out is None:
-        return product.to(dtype)
-    return out.copy_(product)
+        out = torch.empty(values.shape, dtype=dtype)
+    for rows in _pieces(values):
+        product = values[rows] * (scales[rows] if scales.dim() == 2 else scales)
+        out[rows] = product.mul_(_STEP)
+    return out
+
+
+def _pieces(matrix: Tensor) -> Iterator[slice]:
+    """Cuts rows so that a piece fits the processor's cache."""
+    step = max(1, PIECE // max(1, matrix.shape[1]))
+    for first in range(0, matrix.shape[0], step):
+        yield slice(first, first + step)
 
 
 IMPLEMENTATION = Int8()
