@@ -94,7 +94,12 @@ class Examination:
                 self._add(role, found, REWRITTEN, "they are the base's own, so they are left out")
             else:
                 rest = [name for name in names if name not in equal]
-                self._judge(role, _listed(rest) if equal and rest else found)
+                compare = (
+                    ""
+                    if self._base is not None
+                    else "Give --base, so that what is the base's own is left out. "
+                )
+                self._judge(role, _listed(rest) if rest else found, remedy=compare + _MERGE)
         biased = [module.path for module in self._adapter.modules if "bias" in module.factors]
         if biased:
             self._judge("lora_bias", f"a bias beside the factors of {len(biased)} modules")

@@ -89,7 +89,9 @@ def write_piece(
         return _module(module, piece, hparams, dict(module.factors)), None
     computed = _Computed(piece, target.rank, factors, loader)
     kind = DTYPE_NAMES[dtype] if dtype is not None else computed.dtype
-    shaped = factor_shapes(module, computed.b, computed.a)
+    shaped = (computed.b, computed.a)
+    if piece.fused is None:
+        shaped = factor_shapes(module, *shaped)
     written: dict[str, Any] = {}
     stored = {}
     for role, values in zip(("B", "A"), shaped, strict=True):

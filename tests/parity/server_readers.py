@@ -1,0 +1,92 @@
+"""Reads adapters as servers do, written from their sources and without this package: an oracle for `fit`.
+
+vLLM: ``vllm/lora/peft_helper.py`` and ``lora_model.py``; llama.cpp: ``convert_lora_to_gguf.py`` and
+``llama_adapter_lora_weight::get_scale``. Deltas are exact fractions where the scale is rational.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+PREFIX = "base_model.model."
+
+
+class RefusedError(Exception):
+    """The server would not load it."""
+
+
+def opened(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def vllm(folder: Path, max_lora_rank: int = 512) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """Returns module -> (scale, B, A)."""
+    config, tensors = opened(folder)
+    if config.get("modules_to_save") or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise RefusedError("config")
+    if config["r"] > max_lora_rank:
+        raise RefusedError("rank")
+    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts = name.removeprefix(PREFIX).split(".")
+        if parts[-1] == "weight" and parts[-2] in ("lora_A", "lora_B"):
+            module, role = ".".join(parts[:-2]), parts[-2][-1]
+        elif parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
+            module, role = ".".join(parts[:-1]), parts[-1][-1]
+        else:
+            raise RefusedError(name)
+        if tensor.shape[role == "B"] > max_lora_rank:
+            raise RefusedError("rank")
+        pairs.setdefault(module, {})[role] = tensor
+    return {module: (config["lora_alpha"] / root, pair["B"], pair["A"]) for module, pair in pairs.items()}
+
+
+def llama_cpp(folder: Path) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """Returns module -> (scale, B, A)."""
+    config, tensors = opened(folder)
+    alpha = float(torch.tensor(config["lora_alpha"], dtype=torch.float32))
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        base = name.replace(PREFIX, "")
+        for role in "AB":
+            for suffix in (f".lora_{role}.weight", f".lora_embedding_{role}"):
+                if suffix in name:
+                    pairs.setdefault(base.replace(suffix, ""), {})[role] = tensor
+                    break
+            else:
+                continue
+            break
+        else:
+            raise RefusedError(name)
+    return {
+        module: (alpha / pair["B"].shape[1] if alpha else 1.0, pair["B"], pair["A"])
+        for module, pair in pairs.items()
+    }
+
+
+def peft_scale(config: dict[str, Any], rank: int, alpha: float) -> tuple[Fraction, int]:
+    """Returns (c, d) with the scale c·√d: alpha/rank, or alpha/√rank = alpha/rank·√rank."""
+    return Fraction(alpha) / rank, rank if config.get("use_rslora") else 1
+
+
+def matrix(tensor: Tensor) -> list[list[Fraction]]:
+    return [[Fraction(value) for value in row] for row in tensor.double().tolist()]
+
+
+def delta(scale: Fraction, b: Tensor, a: Tensor) -> list[list[Fraction]]:
+    """Returns s·B·A, exactly."""
+    left, right = matrix(b), list(zip(*matrix(a), strict=True))
+    return [
+        [scale * sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0)) for column in right]
+        for row in left
+    ]
