@@ -10,7 +10,7 @@ a process that only imports torch, and at least 500 times faster than the dense 
 rank 32. Goals: at least 10 times faster than the dense way, errors within 1 % of the optimum, 600 MB.
 
 ``combine``: four synthetic Llama-7B-shaped adapters, r = 16 on 224 modules, by ``linear`` and ``cat`` to
-r = 64 and by ``svd`` to r = 16. Goals: at most 5 s each, 600 MB. There is no dense reference: PEFT's needs the
+r = 64 and by ``svd`` to r = 16. Goals: at most 5 s each, 600 MB. There is no dense reference: PEFT needs the
 model in memory, and its ``linear`` computes something else (docs/combine.md).
 
 The dense way is benchmarks/dense_svd.py, our own reference (in float32, one matrix of each shape times the

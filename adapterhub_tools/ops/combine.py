@@ -29,6 +29,9 @@ from adapterhub_tools.ops.to_lora import LowRankParts, complete_biases
 from adapterhub_tools.store.destination import check_destination
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
+_MUCH = 0.01
+"""An error above it is told where nobody asked for the rank."""
+
 
 def combine(
     adapters: Sequence[Path], out: Path | None, options: CombineOptions, progress: Progress | None = None
@@ -163,7 +166,7 @@ def _finish(
     report = replace(
         report,
         kept=tuple(kept + full.kept),
-        notes=tuple(dict.fromkeys([*notes, *config_notes, *side_notes])),
+        notes=tuple(dict.fromkeys([*notes, *config_notes, *side_notes, *_rank_notes(report, options)])),
     )
     draft = Draft(
         adapter=described,
@@ -223,6 +226,16 @@ def combine_report(
             for item, weight in zip(given, options.weights.default, strict=True)
         ),
     )
+
+
+def _rank_notes(report: CombineReport, options: CombineOptions) -> list[str]:
+    """Tells where the rank that a method takes by itself leaves much out."""
+    if options.policy is not None or report.totals.error <= _MUCH:
+        return []
+    return [
+        f"at the ranks of the inputs the error is {report.totals.error:.2g}; --rank, --energy or --max-error "
+        "choose others, and --into BASE loses no rank"
+    ]
 
 
 def _ranks(modules: Sequence[TargetModule]) -> dict[str, int]:

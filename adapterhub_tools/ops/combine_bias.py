@@ -25,7 +25,7 @@ def with_biases(work: Work, joint: Joint, done: Combined) -> Combined:
     """
     import torch
 
-    if joint.kind == "embedding" or not _has_biases(work):
+    if joint.kind == "embedding" or not work.has_biases:
         return done
     total = torch.zeros(joint.shape[0], dtype=torch.float64)
     for member in joint.members:
@@ -43,15 +43,6 @@ def with_biases(work: Work, joint: Joint, done: Combined) -> Combined:
     scale = float(scale_of(module))
     spec, _ = work.tensors.put(total / scale, work.dtype, f"{joint.path}.bias of B")
     return replace(done, module=replace(module, factors={**module.factors, "bias": spec}))
-
-
-def _has_biases(work: Work) -> bool:
-    return any(
-        "bias" in module.factors
-        for item in work.inputs
-        if item.plain
-        for module in item.opened.adapter.modules
-    )
 
 
 def _zero(work: Work, joint: Joint) -> Combined:

@@ -54,11 +54,6 @@ def choose_ranks(work: Work, joints: Sequence[Joint], carried: float) -> dict[st
     return found
 
 
-def carried_in(budget_unit: str, nbytes: int, values: int) -> float:
-    """Returns what tensors take in the unit of a budget."""
-    return nbytes if budget_unit == "bytes" else values
-
-
 def _own_ranks(work: Work, joints: Sequence[Joint]) -> dict[str, int]:
     found = {}
     for joint in joints:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ class Work:
         dtype: that of the factors: the widest of the inputs, unless asked otherwise.
         factored: whether the method is a sum with coefficients.
         exact: whether the rank is that of the sum, without any policy.
+        has_biases: whether an input adds to biases (``lora_bias``).
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class Work:
         self.dtype: str = widest(inputs) if options.dtype is None else DTYPE_NAMES[options.dtype]
         self.factored: bool = hasattr(method, "coefficients")
         self.exact: bool = options.policy is None and self.factored and method.default_rank == "exact"
+
+        self.has_biases: bool = any(
+            "bias" in module.factors
+            for item in inputs
+            if item.plain
+            for module in item.opened.adapter.modules
+        )
 
     def product(self, member: Member) -> ScaledProduct:
         """Returns a plain member's delta s·B·A, the factors as matrices in their stored dtypes."""
@@ -256,8 +264,3 @@ def refuse_zero_sum(norms: Sequence[float]) -> None:
 
 def _times(scale: Surd, by: Fraction) -> Surd:
     return Surd(coefficient=scale.coefficient * by, radicand=scale.radicand)
-
-
-def by_path(joints: Sequence[Joint]) -> Mapping[str, Joint]:
-    """Returns the modules by their paths."""
-    return {joint.path: joint for joint in joints}
