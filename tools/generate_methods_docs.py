@@ -7,7 +7,6 @@ are not merged come from the table of the PEFT dialect.
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import inspect
 import sys
@@ -111,14 +110,23 @@ def refused() -> Iterator[str]:
         yield f"| {name} | {why} |"
 
 
+FORMATS = """\
+## Quantised bases
+
+A base may be stored in one of these formats, or be quantised so while it is loaded for training. Either way
+it is read to the bits that bitsandbytes gives, and `merge --onto quantized` writes the same format:
+[quantised-bases.md](quantised-bases.md).
+"""
+
+
 def base_formats() -> Iterator[str]:
     """The quantised formats of a base, from the docstrings of `quant/`."""
     for name in registry.names("quant"):
-        file = ROOT / "adapterhub_tools" / "quant" / f"{name}.py"
-        if not file.exists():
-            file = file.with_suffix("") / "__init__.py"
-        doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        yield f"- `{name}`: {one_line(doc.partition(chr(10) * 2)[0])}"
+        summary, details, source = parts_of(registry.load("quant", name))
+        yield f"### {name}\n\n{summary}\n"
+        if details:
+            yield f"{details}\n"
+        yield f"Source: {source}\n"
 
 
 def page() -> str:
@@ -129,10 +137,8 @@ def page() -> str:
         "Inspected, validated, recorded and moved like the others.\n",
         *refused(),
     ]
-    formats = list(base_formats())
-    if formats:
-        text += ["", "## Quantised bases\n", *formats]
-    return "\n".join(text) + "\n"
+    text += ["", FORMATS, *base_formats()]
+    return "\n".join(text).rstrip("\n") + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
