@@ -217,6 +217,7 @@ def _plan(layout: Layout, found: Server) -> ScalePlan:
         one_rank=found.scale == "alpha-and-rank" or len(experts) > 1,
         alpha_bits=found.alpha_bits,
         rslora=found.features["rslora"].accepts is True,
+        rule=str(layout.pieces[0].origins[0].module.hparams.get("scaling", RULES[0])),
     )
 
 

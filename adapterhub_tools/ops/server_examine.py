@@ -74,9 +74,12 @@ class Examination:
             )
         elif adapter.method in methods:
             self._add("method", adapter.method, ACCEPTED)
-        if plain and self._server.scale != "patterns":
-            for kind, message, remedy in adapter.blockers:
-                self._add("method", kind, REFUSED, message.rstrip("."), remedy)
+        config = adapter.unparsed.get("config", {})
+        if config.get("alora_invocation_tokens"):
+            remedy = "Serve it with a server that knows aLoRA, such as llama.cpp."
+            self._judge("alora", "aLoRA, whose delta acts behind its invocation tokens only", remedy=remedy)
+        if config.get("arrow_config") and self._server.scale != "patterns":
+            self._add("method", "Arrow, which routes tokens among adapters", REFUSED)
         return plain
 
     def full_tensors(self, equal: Collection[str]) -> None:

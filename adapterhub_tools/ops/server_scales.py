@@ -59,7 +59,7 @@ class ScalePlan:
 
 
 def plan_scales(
-    modules: Mapping[str, Product], *, one_rank: bool, alpha_bits: int, rslora: bool
+    modules: Mapping[str, Product], *, one_rank: bool, alpha_bits: int, rslora: bool, rule: str = RULES[0]
 ) -> ScalePlan:
     """Returns ranks, alpha and multipliers; as many modules as possible keep their factors.
 
@@ -68,19 +68,20 @@ def plan_scales(
         one_rank: whether the server reads one rank for all modules, and not that of each tensor.
         alpha_bits: the significant bits of alpha that the server keeps.
         rslora: whether it knows alpha/√rank.
+        rule: the rule that the modules have, which is kept where both do.
     """
-    rules = RULES if rslora else RULES[:1]
+    rules = sorted(RULES if rslora else RULES[:1], key=lambda item: item != rule)
     highest = max(item.rank for item in modules.values())
     best: ScalePlan | None = None
     # A padded plan comes second: among equals the first is kept.
     for padded in (True,) if one_rank else (False, True):
         ranks = {path: highest if padded else item.rank for path, item in modules.items()}
-        for rule in rules:
+        for chosen in rules:
             for scale, rank in dict.fromkeys((m.scale, ranks[path]) for path, m in modules.items()):
-                alpha = alpha_for(scale, rank, rule)
+                alpha = alpha_for(scale, rank, chosen)
                 if alpha is None or not _has_bits(alpha, alpha_bits):
                     continue
-                plan = _plan(modules, ranks, alpha, rule)
+                plan = _plan(modules, ranks, alpha, chosen)
                 if best is None or _cost(plan, modules) < _cost(best, modules):
                     best = plan
     folded = _plan(modules, dict.fromkeys(modules, highest), float(highest), RULES[0])
