@@ -28,7 +28,7 @@ CHECKS = ("full", "targets", "off")
 """Which recorded digest a base is compared with."""
 
 _OTHER_BASE = "Use the base that the adapter was trained on; the manifest names it."
-_UNSUPPORTED_KINDS = ("quantised-base", "tied-unsupported")
+_UNSUPPORTED_KINDS = ("quantised-base", "unknown-scheme", "tied-unsupported")
 
 
 def fit_problems(

@@ -27,10 +27,11 @@ from adapterhub_tools.ops.module_kinds import (
     unknown_layout,
 )
 from adapterhub_tools.ops.name_rules import NameRule, choose_rule
+from adapterhub_tools.ops.quantised_base import foreign_scheme
 from adapterhub_tools.ops.tied import Tie, find_tie, may_be_tied
 from adapterhub_tools.store.checkpoint import Checkpoint
 
-_UNSUPPORTED = ("quantised-base", "tied-unsupported", "unknown-layout", "converted-weight")
+_UNSUPPORTED = ("quantised-base", "unknown-scheme", "tied-unsupported", "unknown-layout", "converted-weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +170,7 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         problems.extend(_unknown_tie([*placements, *(item.full.target for item in full)]))
     if architecture is None:
         problems.extend(unknown_layout(modules))
+    problems = _named_scheme(problems, checkpoint)
     replaced = {item.base_tensor for item in full if item.full.rows is None}
     check_coverage(adapter, checkpoint, rule, architecture, tie, replaced, problems, notes)
     return Fit(
@@ -183,6 +185,16 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         whole=whole,
         extent=extent_of(modules, shared),
     )
+
+
+def _named_scheme(problems: list[Problem], checkpoint: Checkpoint) -> list[Problem]:
+    """Returns one problem in place of those that come from a scheme of quantisation that is not known here.
+
+    Packed weights have names or dtypes of their own, so that modules seem to be missing.
+    """
+    rest = [p for p in problems if p.kind not in ("unknown-module", "quantised-base")]
+    foreign = foreign_scheme(checkpoint) if len(rest) < len(problems) else None
+    return problems if foreign is None else [foreign, *rest]
 
 
 def _fit_module(

@@ -145,6 +145,22 @@ def recorded_scheme_problems(manifest: Manifest, weights: Mapping[str, Quantized
     ]
 
 
+def foreign_scheme(checkpoint: Checkpoint) -> Problem | None:
+    """Returns what says that a base is quantised by a scheme that is not known here; None if nothing does.
+
+    The config of a base whose weights are plain again may still say it.
+    """
+    said = (checkpoint.config or {}).get("quantization_config")
+    packed = any(stored.spec.dtype not in FLOAT_DTYPES for stored in checkpoint.on_disk.tensors.values())
+    if not isinstance(said, dict) or not packed:
+        return None
+    try:
+        QuantScheme.from_config(said, file=checkpoint.config_file or "")
+    except UnsupportedError as error:
+        return error.problems[0]
+    return None
+
+
 def refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]) -> None:
     """Refuses Conv1D modules: (in, out) in memory and in a plain checkpoint, but (out, in) quantised.
 

@@ -235,3 +235,29 @@ def test_a_quantised_conv1d_base_is_refused_by_name(
     with pytest.raises(UnsupportedError) as raised:
         at.init(shutil.copytree(lora, tmp_path / "adapter"), base=folder)
     assert [p.kind for p in raised.value.problems] == ["quantised-conv1d"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_another_library_is_named_instead_of_missing_modules(
+    method: str, plain_base: Path, lora: Path, tmp_path: Path
+) -> None:
+    def pack(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "_proj" in name]:
+            shape = tensors.pop(name).shape
+            stem = name.removesuffix("weight")
+            tensors[f"{stem}qweight"] = torch.zeros(shape[1] // 8, shape[0], dtype=torch.int32)
+            tensors[f"{stem}scales"] = torch.zeros(1, shape[0], dtype=torch.float16)
+
+    folder = damaged(plain_base, tmp_path / "base", pack)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UnsupportedError) as raised:
+        at.merge(folder, lora, tmp_path / "out")
+    (problem,) = raised.value.problems
+    assert problem.kind == "unknown-scheme"
+    assert repr(method) in problem.message
+    assert problem.file == "config.json"
+    assert not (tmp_path / "out").exists()
+    (finding,) = at.validate(lora, base=folder).errors
+    assert (finding.error, finding.problem) == (UnsupportedError, problem)
