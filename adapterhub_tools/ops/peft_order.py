@@ -14,10 +14,20 @@ if TYPE_CHECKING:
     import torch
 
 _ORDER = (
-    *("shared", "wte", "wpe", "h", "embed_tokens", "embed_positions", "embed_in", "embeddings"),
-    *("word_embeddings", "encoder", "decoder", "self", "self_attn", "self_attention", "attention", "attn"),
-    *("SelfAttention", "query", "query_key_value", "key", "value", "q_proj", "k_proj", "v_proj", "qkv_proj"),
-    *("o_proj", "out_proj", "q", "k", "v", "o", "q_lin", "k_lin", "v_lin", "out_lin", "c_attn", "q_attn"),
+    *("shared", "wte", "wpe", "word_embeddings", "h", "embed_tokens", "embed_positions", "embed_in"),
+    *(
+        "embeddings",
+        "embeddings_project",
+        "encoder",
+        "decoder",
+        "self",
+        "self_attn",
+        "self_attention",
+        "attention",
+        "attn",
+    ),
+    *("SelfAttention", "query", "query_key_value", "key", "value", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("qkv_proj", "out_proj", "q", "k", "v", "o", "q_lin", "k_lin", "v_lin", "out_lin", "c_attn", "q_attn"),
     *("encoder_attn", "EncDecAttention", "intermediate", "mlp", "ffn", "gate_up_proj", "gate_proj"),
     *("up_proj", "down_proj", "fc1", "fc2", "fc_in", "fc_out", "lin1", "lin2", "c_fc", "c_proj", "wi"),
     *("wi_0", "wi_1", "wo", "dense_h_to_4h", "dense_4h_to_h", "DenseReluDense", "output", "dense"),
