@@ -12,9 +12,10 @@ from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import matrix_shape
 from adapterhub_tools.linalg.combination import gram_of_rows
 from adapterhub_tools.linalg.combined_rows import CombinedRows, DeltaInput, WeightedSum
-from adapterhub_tools.linalg.combined_sum import CombinedSum
+from adapterhub_tools.linalg.combined_sum import KEPT_ELEMENTS, CombinedSum
 from adapterhub_tools.linalg.delta_sum import DeltaSum
-from adapterhub_tools.linalg.panels import ExpressionPanels, TermPanels
+from adapterhub_tools.linalg.order_statistics import KEPT_VALUES
+from adapterhub_tools.linalg.panels import PANEL_ELEMENTS, ExpressionPanels, TermPanels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +26,19 @@ if TYPE_CHECKING:
     from adapterhub_tools.model.combination import CombinedInput
     from adapterhub_tools.model.plan import Step, Term
 
+_WORKING_PANELS = 4
+"""Panels of signs, counts, masks and random numbers."""
+
 OfTerms = Callable[[tuple["Term", ...]], "Expression"]
 ReadRows = Callable[[int, int], "Tensor"]
+
+
+def panel_bytes(step: Step) -> int:
+    """Estimates the memory that a step's combination needs: its panels, those kept, and selected values."""
+    if step.combination is None:
+        return 0
+    panels = len(step.combination.inputs) + _WORKING_PANELS
+    return 8 * (panels * PANEL_ELEMENTS + KEPT_ELEMENTS + KEPT_VALUES // 2)
 
 
 def combined_formula(step: Step, of_terms: OfTerms, read_rows: ReadRows) -> Expression:

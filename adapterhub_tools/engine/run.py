@@ -20,9 +20,10 @@ import torch
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers
+from adapterhub_tools.engine.combined import panel_bytes
 from adapterhub_tools.engine.requantise import run_packed
 from adapterhub_tools.engine.tensor_job import Stopped, Surroundings, hash_range, run_step
-from adapterhub_tools.engine.undo_step import UndoJob
+from adapterhub_tools.engine.undo_keep import UndoJob
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
 from adapterhub_tools.model.plan import ByteRange, Plan, Step, Term
 from adapterhub_tools.model.protocols import OpenSource, Progress
@@ -57,7 +58,9 @@ def buffer_bytes(steps: tuple[Step, ...], threads: int) -> int:
     """Estimates the memory that the buffers and factors of a run need, start-up excluded."""
     specs = [[item.spec for term in step.terms for item in _held(term)] for step in steps]
     factors = [sum(spec.elements * 8 + spec.nbytes for spec in of_step) for of_step in specs]
-    return threads * (2 * CHUNK_BYTES + _BLOCK_BYTES) + sum(sorted(factors, reverse=True)[:threads])
+    panels = max((panel_bytes(step) for step in steps), default=0)
+    own = threads * (2 * CHUNK_BYTES + _BLOCK_BYTES + panels)
+    return own + sum(sorted(factors, reverse=True)[:threads])
 
 
 def _held(term: Term) -> Iterator[ByteRange]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
     from adapterhub_tools.ops.merge_report import MergeReport
 
+MAX_DEFAULT_THREADS = 4
+"""Panels take up to 80 MB a thread, and the whole process is to stay below 600 MB."""
+
 
 def combine_into(
     base: Path | Checkpoint,
@@ -88,12 +91,19 @@ def combine_into(
         _refuse_disjoint(parts)
     for part in parts:
         _refuse_zero(part, checkpoint)
+    from adapterhub_tools.engine.run import default_threads
+
     choice = CombinationChoice(method=method, hparams=made.to_json(), weights=weights.patterns)
     return merge(
         checkpoint,
         adapters,
         out,
-        replace(options, scales=weights.default, combination=choice),
+        replace(
+            options,
+            scales=weights.default,
+            combination=choice,
+            threads=options.threads or min(default_threads(), MAX_DEFAULT_THREADS),
+        ),
         progress,
     )
 
