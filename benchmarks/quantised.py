@@ -81,7 +81,17 @@ def prepare_all(options: argparse.Namespace, workdir: Path) -> dict[str, Place]:
     quantised = workdir / f"base-{options.shape}-nf4"
     if not quantised.with_name(quantised.name + ".complete").exists():
         interleave.remove([quantised])
-        quantise_base(plain.base, quantised, synthetic.SHAPES[options.shape])
+        # In a process of its own: what this one has held would count as the memory of its children.
+        make = [
+            sys.executable,
+            __file__,
+            "--shape",
+            options.shape,
+            "--quantise",
+            str(plain.base),
+            str(quantised),
+        ]
+        subprocess.run(make, check=True)
         quantised.with_name(quantised.name + ".complete").touch()
     dora = workdir / f"adapter-{options.shape}-{options.factors}-dora"
     if not dora.exists():
@@ -180,8 +190,14 @@ def main() -> None:
     )
     parser.add_argument("--factors", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--workdir", type=Path, help="where the work folder is made")
+    parser.add_argument(
+        "--quantise", type=Path, nargs=2, metavar=("BASE", "OUT"), help="only write BASE in NF4"
+    )
     parser.add_argument("--keep", action="store_true", help="leave everything in --workdir")
     options = parser.parse_args()
+    if options.quantise:
+        quantise_base(*options.quantise, synthetic.SHAPES[options.shape])
+        return
     if options.keep and not options.workdir:
         parser.error("--keep needs --workdir")
     if options.workdir:

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import adapterhub_tools as at
+from tests.parity.quantised_bases import NF4_DOUBLE, load, logits, save_plain
+from tests.parity.quantised_bases import adapted as adapted_model
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TARGETS = ["q_proj", "v_proj"]
@@ -91,13 +93,29 @@ def test_lora(base: Path, tmp_path: Path) -> None:
     assert_merges(base, adapter, tmp_path / "out")
 
 
-def test_qlora_merges_onto_the_base_and_its_quantisation_is_recorded(base: Path, tmp_path: Path) -> None:
-    adapter = adapted(base, LoraConfig(r=4, target_modules=TARGETS), tmp_path / "a")
-    scheme = {"scheme": "bitsandbytes-nf4", "double": True, "compute_dtype": "BF16"}
-    at.init(adapter, base=base, quantisation=scheme)
-    manifest = json.loads((adapter / "adapter_manifest.json").read_text())
+@pytest.mark.parametrize("use_dora", [False, True], ids=["qlora", "qdora"])
+def test_qlora_and_qdora_merge_onto_what_they_were_trained_on(tmp_path: Path, *, use_dora: bool) -> None:
+    """Onto the dequantised weights, from the 16-bit base and from the stored one; onto either as it is."""
+    base = save_plain(tmp_path / "base", torch.float32)
+    model = load(base, NF4_DOUBLE)
+    model.save_pretrained(tmp_path / "stored")
+    config = LoraConfig(r=4, target_modules=TARGETS, use_dora=use_dora)
+    expected = logits(adapted_model(model, config, tmp_path / "a"))
+    scheme = {"scheme": "bitsandbytes-nf4", "double": True, "compute_dtype": "F32"}
+    at.init(tmp_path / "a", base=base, quantisation=scheme)
+    manifest = json.loads((tmp_path / "a" / "adapter_manifest.json").read_text())
     assert manifest["base"]["quantisation"] == scheme
-    assert_merges(base, adapter, tmp_path / "out")
+    loaded = at.merge(base, tmp_path / "a", tmp_path / "loaded")
+    stored = at.merge(tmp_path / "stored", tmp_path / "a", tmp_path / "dequantised", check_base="off")
+    assert loaded.digest == stored.digest
+    torch.testing.assert_close(logits(load(tmp_path / "loaded")), expected, rtol=1e-5, atol=1e-5)
+    original = at.merge(base, tmp_path / "a", tmp_path / "original", onto="original")
+    assert original.changed == original.expected
+    packed = at.merge(
+        tmp_path / "stored", tmp_path / "a", tmp_path / "packed", onto="quantized", check_base="off"
+    )
+    assert packed.changed == packed.expected
+    assert packed.loss is not None
 
 
 def test_qlora_refuses_a_base_of_packed_four_bit_weights(base: Path, tmp_path: Path) -> None:
@@ -119,6 +137,14 @@ def test_lora_plus(base: Path, tmp_path: Path) -> None:
     assert manifest["training"]["lora_plus_ratio"] == 16
     assert at.validate(adapter, base=base).ok
     assert_merges(base, adapter, tmp_path / "out")
+
+
+def test_lora_plus_on_a_4_bit_base(tmp_path: Path) -> None:
+    base = save_plain(tmp_path / "base", torch.float32)
+    model = load(base, NF4_DOUBLE)
+    trained = adapted_model(model, LoraConfig(r=4, target_modules=TARGETS), tmp_path / "a", steps=2)
+    at.merge(base, tmp_path / "a", tmp_path / "out", quant="nf4,double", compute_dtype="fp32")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(trained), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
