@@ -23,6 +23,7 @@ from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
 from adapterhub_tools.ops.manifest_record import place_of
 from adapterhub_tools.ops.quantised_base import quantised_weights, refuse_conv1d, stored_scheme
+from adapterhub_tools.ops.quantised_hints import signs
 from adapterhub_tools.ops.random_tensors import random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.files import is_folder
@@ -174,6 +175,11 @@ def new_manifest(
         described = _keep_resolved(opened, before)
         known, forgotten = _forget_other_targets(known, described, before)
         notes += forgotten
+    if known.quantisation is None and (found := signs(opened)):
+        notes.append(
+            f"it may have been trained on a quantised base ({'; '.join(found)}), and nothing says how: "
+            "give --quantisation"
+        )
     with ThreadPoolExecutor(1) as pool:  # two hashes of the same bytes, on two processors
         files = pool.submit(record_files, adapter)
         digest, reason = _digest(opened)

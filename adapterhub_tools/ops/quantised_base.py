@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.architectures import lookup
 from adapterhub_tools.errors import AdapterError, FormatError, Problem, UnsupportedError, escape
@@ -24,6 +25,9 @@ from adapterhub_tools.model.quant_scheme import FORMAT_BITS, QuantizedTensor, Qu
 from adapterhub_tools.model.tensor import DTYPE_NAMES, FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.store.checkpoint import Checkpoint
 from adapterhub_tools.store.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from adapterhub_tools.model.protocols import OpenSource
 
 _MAX_STATE_BYTES = 64 * 1024
 _UNSUPPORTED = ("unknown-scheme",)
@@ -58,7 +62,8 @@ def read_quantised(checkpoint: Checkpoint, problems: list[Problem]) -> dict[str,
     Raises:
         StoreError: a file cannot be read.
     """
-    return _Reader(checkpoint, problems).read()
+    with ExitStack() as files:
+        return _Reader(checkpoint, problems, files).read()
 
 
 def plain_tensors(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]) -> dict[str, TensorSpec]:
@@ -182,8 +187,9 @@ def refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]
 class _Reader:
     """Reads the quantised weights of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, problems: list[Problem]) -> None:
-        self._checkpoint, self._problems = checkpoint, problems
+    def __init__(self, checkpoint: Checkpoint, problems: list[Problem], files: ExitStack) -> None:
+        self._checkpoint, self._problems, self._files = checkpoint, problems, files
+        self._sources: dict[str, OpenSource] = {}
         self._config = (checkpoint.config or {}).get("quantization_config")
         self._claimed: set[str] = set()
 
@@ -290,8 +296,9 @@ class _Reader:
 
     def _bytes(self, name: str) -> bytes:
         stored = self._checkpoint.tensors[name]
-        with self._checkpoint.open(stored.file) as source:
-            return source.read(stored.offset, stored.nbytes)
+        if stored.file not in self._sources:
+            self._sources[stored.file] = self._files.enter_context(self._checkpoint.open(stored.file))
+        return self._sources[stored.file].read(stored.offset, stored.nbytes)
 
     def _state(self, name: str, scheme: str) -> dict[str, Any] | None:
         """Reads and checks the JSON of a weight's state; None if something is wrong with it."""

@@ -201,3 +201,42 @@ def test_a_16_bit_base_that_was_quantised_while_training(
     adapter = shutil.copytree(lora, tmp_path / "adapter")
     at.init(adapter, base=plain_base, quantisation={"scheme": "bitsandbytes-nf4", "compute_dtype": "BF16"})
     assert at.validate(adapter, base=plain_base).findings == ()
+
+
+def test_init_tells_signs_of_a_quantised_base_where_nothing_says_how(
+    plain_base: Path, lora: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "someone/model-bnb-4bit"
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    notes = at.init(adapter, base=plain_base).notes
+    assert any(
+        "may have been trained on a quantised base" in note and "--quantisation" in note for note in notes
+    )
+    said = {"scheme": "bitsandbytes-nf4"}
+    notes = at.init(adapter, base=plain_base, quantisation=said, replace=True).notes
+    assert not any("may have been trained" in note for note in notes)
+
+
+def test_the_commands(saved: dict[str, Path], lora: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [str(Path(sys.executable).with_name("adaptertool")), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    code, out = run("inspect", str(saved["nf4-double"]))
+    assert code == 0
+    assert "14 weights: NF4 in blocks of 64, scales quantised (bitsandbytes)" in " ".join(out.split())
+    assert run("init", str(adapter), "--base", str(saved["nf4-double"]))[0] == 0
+    code, out = run("inspect", str(adapter))
+    assert "bitsandbytes-nf4, double" in out
+    assert run("validate", str(adapter), "--base", str(saved["nf4-double"]))[0] == 0
+    code, out = run("validate", str(adapter), "--base", str(saved["fp4"]), "--json")
+    assert code == 1
+    assert "base-quantisation" in out
+    code, out = run("hash", str(saved["int8"]))
+    assert code == 0
+    assert out.strip() == at.content_digest(saved["int8"]).digest

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from adapterhub_tools import registry
 from adapterhub_tools.errors import FormatError, UnsupportedError
 from adapterhub_tools.model.manifest import Manifest
-from adapterhub_tools.model.quant_scheme import QuantScheme
+from adapterhub_tools.model.quant_scheme import FORMAT_BITS, QuantScheme
 from tests.quant.conftest import CONFIGS
 
 
@@ -114,3 +115,11 @@ def test_a_manifest_may_name_a_scheme_that_is_not_known_here() -> None:
     assert recorded is not None
     with pytest.raises(UnsupportedError, match="'gptq', which is not known here"):
         QuantScheme.from_json(recorded)
+
+
+def test_every_listed_format_has_a_scheme_and_all_that_is_asked_of_it() -> None:
+    assert set(registry.names("quant")) == set(FORMAT_BITS)
+    for name in registry.names("quant"):
+        implementation = registry.load("quant", name).IMPLEMENTATION
+        for part in ("check", "scales", "data_range", "dequantize", "encoder", "loader"):
+            assert callable(getattr(implementation, part)), (name, part)
