@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def combine_adapters(
     adapters: Sequence[Reference],
-    out: Reference | None,
     *,
+    out: Reference | None,
     weights: str | Sequence[str | float],
     method: str = "linear",
     density: float | None = None,

@@ -121,7 +121,7 @@ def command(
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     report = api.combine_adapters(
         adapters,
-        out,
+        out=out,
         weights=weights,
         method=method,
         density=density,

@@ -84,7 +84,7 @@ def test_the_sum_of_deltas_loads_in_peft(name: str, method: str, tmp_path: Path)
     build = PLAIN[name][0]
     folders = pair(PLAIN[name], tmp_path)
     expected = weighted([deltas(loaded(fresh(build), folder)) for folder in folders])
-    report = at.combine_adapters(folders, tmp_path / "o", weights=WEIGHTS, method=method, dtype="float32")
+    report = at.combine_adapters(folders, out=tmp_path / "o", weights=WEIGHTS, method=method, dtype="float32")
     assert_deltas(deltas(loaded(fresh(build), tmp_path / "o")), expected, 1e-6)
     assert report.totals.error < 1e-7
     assert not at.validate(tmp_path / "o").problems
@@ -105,12 +105,12 @@ def test_other_methods_count_by_what_they_do_to_the_base(name: str, tmp_path: Pa
         parts.append({n.removesuffix(".weight"): d for n, d in changed.items()})
     options: dict[str, Any] = {"weights": WEIGHTS, "base": base}
     with pytest.raises(at.MismatchError, match="policy"):
-        at.combine_adapters(folders, tmp_path / "none", **options)
-    report = at.combine_adapters(folders, tmp_path / "o", rank=32, dtype="float64", **options)
+        at.combine_adapters(folders, out=tmp_path / "none", **options)
+    report = at.combine_adapters(folders, out=tmp_path / "o", rank=32, dtype="float64", **options)
     assert report.totals.error < 1e-12
     model = fresh(build)
     assert_deltas(deltas(loaded(model, tmp_path / "o")), weighted(parts), 2e-6)
-    cut = at.combine_adapters(folders, tmp_path / "cut", method="svd", dtype="float64", **options)
+    cut = at.combine_adapters(folders, out=tmp_path / "cut", method="svd", dtype="float64", **options)
     for module in cut.modules:
         values = torch.linalg.svdvals(weighted(parts)[module.path])
         best = float(values[module.rank :].norm() / values.norm())
@@ -134,7 +134,7 @@ def test_a_merge_of_the_sum_is_the_sum_of_merges(
     build, config = FULL[feature]
     base = models.save_base(fresh(build), tmp_path / "base")
     folders = pair((build, config, config), tmp_path)
-    at.combine_adapters(folders, tmp_path / "o", weights=weights, base=base)
+    at.combine_adapters(folders, out=tmp_path / "o", weights=weights, base=base)
     merged = []
     for folder in (*folders, tmp_path / "o"):
         at.merge(base, folder, tmp_path / f"m-{folder.name}", dtype="float64")
@@ -151,7 +151,7 @@ def test_token_rows_of_different_tokens(tmp_path: Path) -> None:
         lora(["q_proj"], trainable_token_indices={"embed_tokens": rows}) for rows in ([3, 5], [5, 9, 2])
     ]
     folders = pair((models.llama, *configs), tmp_path)
-    at.combine_adapters(folders, tmp_path / "o", weights=WEIGHTS, base=base)
+    at.combine_adapters(folders, out=tmp_path / "o", weights=WEIGHTS, base=base)
     config = json.loads((tmp_path / "o" / "adapter_config.json").read_text())
     assert config["trainable_token_indices"] == {"model.embed_tokens": [2, 3, 5, 9]}
     w = load_file(base / "model.safetensors")["model.embed_tokens.weight"].double()
@@ -200,7 +200,14 @@ def test_factors_repeat_add_weighted_adapter(name: str, kind: str, tmp_path: Pat
     model.add_weighted_adapter(["a", "b"], list(WEIGHTS), "c", combination_type=kind, **options)
     model.save_pretrained(tmp_path / "peft", selected_adapters=["c"])
     report = at.combine_adapters(
-        folders, tmp_path / "o", weights=WEIGHTS, method=kind, space="factors", seed=7, base=base, **options
+        folders,
+        out=tmp_path / "o",
+        weights=WEIGHTS,
+        method=kind,
+        space="factors",
+        seed=7,
+        base=base,
+        **options,
     )
     theirs = load_file(tmp_path / "peft" / "c" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "o" / "adapter_model.safetensors")
@@ -226,7 +233,7 @@ def test_rslora_by_factors_is_too_strong_and_by_deltas_is_right(tmp_path: Path) 
     folders = pair((models.llama, *(lora(["q_proj"], use_rslora=True) for _ in range(2))), tmp_path)
     expected = weighted([deltas(loaded(fresh(models.llama), folder)) for folder in folders])
     for space, ratio in (("factors", 8**0.5), ("deltas", 1.0)):
-        at.combine_adapters(folders, tmp_path / space, weights=WEIGHTS, method="cat", space=space)
+        at.combine_adapters(folders, out=tmp_path / space, weights=WEIGHTS, method="cat", space=space)
         found = deltas(loaded(fresh(models.llama), tmp_path / space))
         assert_deltas(found, {path: ratio * delta for path, delta in expected.items()}, 1e-6)
 

@@ -50,9 +50,9 @@ def test_at_full_rank_the_adapter_is_what_goes_into_a_base(
 ) -> None:
     """The same deltas by two ways: a full-rank adapter, and a merge; in float64 both."""
     options = {"weights": WEIGHTS, "method": method, "dtype": "float64", **METHODS[method]}
-    report = at.combine_adapters(folders, tmp_path / "o", rank=30, **options)
+    report = at.combine_adapters(folders, out=tmp_path / "o", rank=30, **options)
     assert all(module.error < 1e-13 for module in report.modules)
-    at.combine_adapters(folders, tmp_path / "merged", into=tmp_path / "base", **options)
+    at.combine_adapters(folders, out=tmp_path / "merged", into=tmp_path / "base", **options)
     base = load_file(tmp_path / "base" / "model.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for path, delta in deltas_of(tmp_path / "o").items():
@@ -62,7 +62,7 @@ def test_at_full_rank_the_adapter_is_what_goes_into_a_base(
 
 def test_ties_is_the_dense_formula(folders: list[Path], tmp_path: Path) -> None:
     at.combine_adapters(
-        folders, tmp_path / "o", weights=WEIGHTS, method="ties", density=0.5, rank=30, dtype="float64"
+        folders, out=tmp_path / "o", weights=WEIGHTS, method="ties", density=0.5, rank=30, dtype="float64"
     )
     for path, found in deltas_of(tmp_path / "o").items():
         parts = [
@@ -77,8 +77,8 @@ def test_ties_is_the_dense_formula(folders: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_smaller_rank_is_the_best_approximation(method: str, folders: list[Path], tmp_path: Path) -> None:
     options = {"weights": WEIGHTS, "method": method, "dtype": "float64", **METHODS[method]}
-    at.combine_adapters(folders, tmp_path / "full", rank=30, **options)
-    report = at.combine_adapters(folders, tmp_path / "o", **options)
+    at.combine_adapters(folders, out=tmp_path / "full", rank=30, **options)
+    report = at.combine_adapters(folders, out=tmp_path / "o", **options)
     whole, found = deltas_of(tmp_path / "full"), deltas_of(tmp_path / "o")
     assert {module.path: module.rank for module in report.modules} == {"m.q": 4, "m.v": 3}
     for module in report.modules:
@@ -99,10 +99,10 @@ def test_order_and_threads_change_no_byte_and_the_seed_does(
 ) -> None:
     options = {"method": method, "rank": 5, **METHODS[method]}
     order = [2, 0, 1]
-    at.combine_adapters(folders, tmp_path / "one", weights=WEIGHTS, threads=1, **options)
+    at.combine_adapters(folders, out=tmp_path / "one", weights=WEIGHTS, threads=1, **options)
     at.combine_adapters(
         [folders[i] for i in order],
-        tmp_path / "two",
+        out=tmp_path / "two",
         weights=[WEIGHTS[i] for i in order],
         threads=2,
         **options,
@@ -110,7 +110,9 @@ def test_order_and_threads_change_no_byte_and_the_seed_does(
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     if "seed" in METHODS[method]:
-        other = at.combine_adapters(folders, tmp_path / "other", weights=WEIGHTS, **{**options, "seed": 99})
+        other = at.combine_adapters(
+            folders, out=tmp_path / "other", weights=WEIGHTS, **{**options, "seed": 99}
+        )
         assert other.digest != at.adapter_digest(tmp_path / "one")
 
 
@@ -121,7 +123,7 @@ def test_policies_hold_for_deltas_without_factors(
     policy: dict[str, Any], folders: list[Path], tmp_path: Path
 ) -> None:
     options = {"weights": WEIGHTS, "method": "magnitude_prune", "density": 0.4}
-    report = at.combine_adapters(folders, tmp_path / "o", **options, **policy)
+    report = at.combine_adapters(folders, out=tmp_path / "o", **options, **policy)
     (name, value), *_ = policy.items()
     if name == "energy":
         assert all(module.energy >= value - 1e-12 for module in report.modules)
@@ -148,8 +150,8 @@ def test_transposed_weights_are_combined_in_their_stored_layout(kind: str, tmp_p
             save_file(tensors, other / "adapter_model.safetensors")
         folders.append((plain, other))
     options = {"weights": [1, 0.5], "method": "ties", "density": 0.6, "rank": 7, "dtype": "float64"}
-    at.combine_adapters([plain for plain, _ in folders], tmp_path / "plain", **options)
-    at.combine_adapters([other for _, other in folders], tmp_path / "other", **options)
+    at.combine_adapters([plain for plain, _ in folders], out=tmp_path / "plain", **options)
+    at.combine_adapters([other for _, other in folders], out=tmp_path / "other", **options)
     stored = load_file(tmp_path / "other" / "adapter_model.safetensors")
     b, a = (next(t for n, t in stored.items() if f"_{x}" in n) for x in "BA")
     assert relative(b @ a, deltas_of(tmp_path / "plain")["m.q"]) < 1e-13

@@ -62,7 +62,7 @@ def test_sums_are_those_of_the_true_deltas(
             root / "c", seed + 200, {"m.q": (9, 11), "m.k": (5, 11)}, 1, lora_alpha=8, alpha_pattern={"q": 3}
         )
         folders = [root / "a", root / "b", root / "c"]
-        report = at.combine_adapters(folders, root / "out", weights=weights, method=method, threads=1)
+        report = at.combine_adapters(folders, out=root / "out", weights=weights, method=method, threads=1)
         after = deltas_of(root / "out")
         assert {m.path: m.rank for m in report.modules} == {"m.q": 6, "m.v": 2, "m.k": 1}
         for path, found in after.items():
@@ -92,7 +92,7 @@ def test_powers_of_two_round_nothing(
             b, a = gaussian(3, 2, seed + place).to(dtype), gaussian(2, 4, seed + place + 9).to(dtype)
             folders.append(write_lora(root / f"a{place}", {"m.q": (b, a)}, lora_alpha=alpha))
         weights = [sign * 2.0**e for sign, e in zip(signs, exponents, strict=True)]
-        report = at.combine_adapters(folders, root / "out", weights=weights, method=method, threads=1)
+        report = at.combine_adapters(folders, out=root / "out", weights=weights, method=method, threads=1)
         assert report.modules[0].error == 0.0
         found = exact_delta(root / "out")
         parts = [exact_delta(folder) for folder in folders]
@@ -128,7 +128,7 @@ def test_the_order_of_adapters_does_not_matter(method: str, rank: int | None, se
         for out, order in (("one", [0, 1]), ("two", [1, 0])):
             at.combine_adapters(
                 [folders[i] for i in order],
-                root / out,
+                out=root / out,
                 weights=[weights[i] for i in order],
                 method=method,
                 rank=rank,
@@ -148,7 +148,7 @@ def test_a_policy_cuts_the_sum_optimally(policy: dict[str, float], seed: int) ->
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         folders = [adapter(root / f"a{i}", seed + 50 * i, {"m.q": (8, 9)}, 3) for i in range(2)]
-        report = at.combine_adapters(folders, root / "o", weights=[1, -0.5], threads=1, **policy)
+        report = at.combine_adapters(folders, out=root / "o", weights=[1, -0.5], threads=1, **policy)
         dense, found = summed(folders, [1, -0.5], "m.q"), deltas_of(root / "o")["m.q"]
     values = torch.linalg.svdvals(dense)
     (module,) = report.modules
@@ -166,7 +166,7 @@ def test_svd_takes_the_largest_rank(seed: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         folders = [adapter(root / f"a{i}", seed + 50 * i, {"m.q": (8, 9)}, 2 + i) for i in range(2)]
-        report = at.combine_adapters(folders, root / "o", weights=[1, 1], method="svd", threads=1)
+        report = at.combine_adapters(folders, out=root / "o", weights=[1, 1], method="svd", threads=1)
         dense, found = summed(folders, [1, 1], "m.q"), deltas_of(root / "o")["m.q"]
     assert report.modules[0].rank == 3
     best = float(torch.linalg.svdvals(dense)[3:].norm())
@@ -180,7 +180,7 @@ def test_slerp_is_the_arc_between_flattened_deltas(first: float, second: float, 
         root = Path(name)
         paths = [{"m.q": (5, 6), "m.v": (5, 6)}, {"m.q": (5, 6)}]
         folders = [adapter(root / f"a{i}", seed + 50 * i, paths[i], 2) for i in range(2)]
-        at.combine_adapters(folders, root / "o", weights=[first, second], method="slerp", threads=1)
+        at.combine_adapters(folders, out=root / "o", weights=[first, second], method="slerp", threads=1)
         x, y = (deltas_of(folder)["m.q"] for folder in folders)
         alone, found = deltas_of(folders[0])["m.v"], deltas_of(root / "o")
     t = second / (first + second)
@@ -202,7 +202,9 @@ def test_a_shared_factor_is_stored_once(seed: int, weights: list[float]) -> None
         a = gaussian(2, 9, seed)
         folders = [write_lora(root / f"a{i}", {"m.q": (gaussian(8, 2, seed + i + 1), a)}) for i in range(2)]
         for method, rank in (("linear", 2), ("cat", 4)):
-            report = at.combine_adapters(folders, root / method, weights=weights, method=method, threads=1)
+            report = at.combine_adapters(
+                folders, out=root / method, weights=weights, method=method, threads=1
+            )
             assert report.modules[0].rank == rank
             parts = sum(float(deltas_of(folder)["m.q"].norm()) for folder in folders)
             close(deltas_of(root / method)["m.q"], summed(folders, weights, "m.q"), 3 * parts)
@@ -212,7 +214,7 @@ def test_patterns_weigh_layers_apart(tmp_path: Path) -> None:
     paths = {f"model.layers.{i}.self_attn.q_proj": (5, 6) for i in range(12)}
     folders = [adapter(tmp_path / f"a{i}", 60 * i, paths, 2) for i in range(2)]
     weights = ["0.5,0.5", r"layers\.[0-3]\..*=1,0", r"layers\.1[01]\.self_attn\.q_proj=-1,2"]
-    report = at.combine_adapters(folders, tmp_path / "o", weights=weights)
+    report = at.combine_adapters(folders, out=tmp_path / "o", weights=weights)
     for i, path in enumerate(paths):
         w = [1.0, 0.0] if i < 4 else [-1.0, 2.0] if i > 9 else [0.5, 0.5]
         close(deltas_of(tmp_path / "o")[path], summed(folders, w, path), 100.0)
@@ -228,7 +230,7 @@ def test_factors_of_linear_mode_are_not_the_deltas(tmp_path: Path) -> None:
     """The number that docs/combine.md gives: the average of factors is no average of unrelated deltas."""
     folders = [adapter(tmp_path / f"a{i}", 60 * i, {"m.q": (64, 64)}, 8) for i in range(2)]
     for space in ("deltas", "factors"):
-        at.combine_adapters(folders, tmp_path / space, weights=[0.5, 0.5], space=space)
+        at.combine_adapters(folders, out=tmp_path / space, weights=[0.5, 0.5], space=space)
     dense = summed(folders, [0.5, 0.5], "m.q")
     errors = {
         space: float((deltas_of(tmp_path / space)["m.q"] - dense).norm() / dense.norm())
@@ -247,7 +249,7 @@ def test_biases_of_lora_are_added_up_with_their_scales(tmp_path: Path) -> None:
         save_file({**load_file(file), f"{PREFIX}m.q.lora_B.bias": bias}, file)
         folders.append(folder)
     for method in ("linear", "svd"):
-        at.combine_adapters(folders, tmp_path / method, weights=[0.5, -2], method=method)
+        at.combine_adapters(folders, out=tmp_path / method, weights=[0.5, -2], method=method)
         config = config_of(tmp_path / method)
         stored = load_file(tmp_path / method / "adapter_model.safetensors")[f"{PREFIX}m.q.lora_B.bias"]
         found = stored * config["lora_alpha"] / config["r"]
@@ -268,7 +270,7 @@ def test_tensors_in_full_follow_their_rule(rule: str, weights: list[float], tmp_
         save_file({**load_file(file), f"{PREFIX}m.norm.weight": saved[i]}, file)
         folders.append(folder)
     options = {"weights": weights, "full": rule, "base": tmp_path / "base"}
-    report = at.combine_adapters(folders, tmp_path / "o", **options)
+    report = at.combine_adapters(folders, out=tmp_path / "o", **options)
     stored = load_file(tmp_path / "o" / "adapter_model.safetensors")
     (kept,) = report.kept
     assert kept[0] == "m.norm.weight"
@@ -281,8 +283,8 @@ def test_tensors_in_full_follow_their_rule(rule: str, weights: list[float], tmp_
     expected = expected / total if rule == "average" else expected + (1 - total) * w
     close(stored[f"{PREFIX}m.norm.weight"], expected, 10.0)
     if rule == "average" or total == 1:  # then the base is not needed, and gives the same
-        again = at.combine_adapters(folders, tmp_path / "again", weights=weights, full=rule)
+        again = at.combine_adapters(folders, out=tmp_path / "again", weights=weights, full=rule)
         assert again.digest == report.digest
     else:
         with pytest.raises(at.MismatchError, match=r"add up to 0\.5"):
-            at.combine_adapters(folders, tmp_path / "again", weights=weights, full=rule)
+            at.combine_adapters(folders, out=tmp_path / "again", weights=weights, full=rule)

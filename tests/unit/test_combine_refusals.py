@@ -179,7 +179,7 @@ def test_it_is_refused_and_nothing_is_written(name: str, scene: Path) -> None:
         options["into"] = scene / options["into"]
     before = sorted(scene.rglob("*"))
     with pytest.raises(at.AdapterError) as caught:
-        at.combine_adapters([scene / "a", scene / "b"], scene / "out", **options)
+        at.combine_adapters([scene / "a", scene / "b"], out=scene / "out", **options)
     assert type(caught.value) is error, caught.value
     assert kind in {problem.kind for problem in caught.value.problems}, caught.value
     assert all(problem.remedy for problem in caught.value.problems[:1])
@@ -189,14 +189,14 @@ def test_it_is_refused_and_nothing_is_written(name: str, scene: Path) -> None:
 def test_one_adapter_and_the_same_twice(scene: Path) -> None:
     for folders in ([scene / "a"], [scene / "a", scene / "b" / ".." / "a"]):
         with pytest.raises(at.MismatchError):
-            at.combine_adapters(folders, scene / "out", weights=[1.0] * len(folders))
+            at.combine_adapters(folders, out=scene / "out", weights=[1.0] * len(folders))
     assert not (scene / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["a", "a/inside", "."])
 def test_the_output_may_not_touch_an_input(out: str, scene: Path) -> None:
     with pytest.raises(at.StoreError):
-        at.combine_adapters([scene / "a", scene / "b"], scene / out, weights=[1, 1], replace=True)
+        at.combine_adapters([scene / "a", scene / "b"], out=scene / out, weights=[1, 1], replace=True)
     assert sorted(p.name for p in (scene / "a").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -205,7 +205,9 @@ def test_the_output_may_not_touch_an_input(out: str, scene: Path) -> None:
 
 def test_disjoint_adapters_if_allowed(scene: Path) -> None:
     second(2, 5, "m.v")(scene)
-    report = at.combine_adapters([scene / "a", scene / "b"], scene / "o", weights=[1, 2], allow_disjoint=True)
+    report = at.combine_adapters(
+        [scene / "a", scene / "b"], out=scene / "o", weights=[1, 2], allow_disjoint=True
+    )
     assert {module.path: module.rank for module in report.modules} == {"m.q": 2, "m.v": 2}
 
 
