@@ -11,8 +11,10 @@ and the older form of several pickles in a row).
 from __future__ import annotations
 
 import io
+import lzma
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
 import zlib
@@ -29,6 +31,8 @@ MAX_BYTES = 16 << 20
 MAX_MEMBERS = 10_000
 """The most members of an archive that are looked at."""
 
+_MAX_DIRECTORY_BYTES = 16 << 20
+_TAIL_BYTES = 1 << 17  # the end records of a ZIP archive, and the longest comment
 _MAX_PICKLES = 8  # PyTorch's older form has five in a row
 _BENIGN = re.compile(
     r"""
@@ -125,7 +129,7 @@ def archive_members(source: Source) -> Iterator[tuple[str, bytes]]:
         zipfile.BadZipFile: it is none, or a damaged one.
         StoreError: the file cannot be read.
     """
-    with zipfile.ZipFile(reader(source)) as archive:
+    with _open_archive(source) as archive:
         for info in archive.infolist()[:MAX_MEMBERS]:
             if not info.is_dir():
                 with archive.open(info) as member:
@@ -135,13 +139,35 @@ def archive_members(source: Source) -> Iterator[tuple[str, bytes]]:
 ARCHIVE_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
+    struct.error,
     EOFError,
+    IndexError,
+    KeyError,
     NotImplementedError,
+    OSError,
+    OverflowError,
     RuntimeError,
     ValueError,
-    OverflowError,
 )
 """What ``zipfile`` raises for damaged, encrypted and unusual archives."""
+
+
+def _open_archive(source: Source) -> zipfile.ZipFile:
+    """Opens a ZIP archive whose directory is of a size that can be read.
+
+    Raises:
+        zipfile.BadZipFile: the directory is larger than that of any checkpoint.
+    """
+    length = min(_TAIL_BYTES, source.length)
+    tail = source.read(source.length - length, length)
+    # The end record has the directory's size at byte 12 of it, that of large archives at byte 40.
+    for magic, at, width in ((b"PK\x05\x06", 12, 4), (b"PK\x06\x06", 40, 8)):
+        place = tail.rfind(magic)
+        size = int.from_bytes(tail[place + at : place + at + width], "little") if place >= 0 else 0
+        if _MAX_DIRECTORY_BYTES < size < 0xFFFFFFFF or (width == 8 and size > _MAX_DIRECTORY_BYTES):
+            raise zipfile.BadZipFile("its directory is too large")
+    return zipfile.ZipFile(reader(source))
 
 
 def reader(source: Source) -> io.BufferedReader:
@@ -179,7 +205,7 @@ def _in_archive(source: Source) -> PickleImports:
     members: list[str] = []
     damage = ""
     try:
-        with zipfile.ZipFile(reader(source)) as archive:
+        with _open_archive(source) as archive:
             left = MAX_BYTES
             for info in archive.infolist()[:MAX_MEMBERS]:
                 if info.is_dir() or left <= 0:
