@@ -17,7 +17,7 @@ from adapterhub_tools.engine.buffers import (
     torch_dtype,
 )
 from adapterhub_tools.engine.formula import formula
-from adapterhub_tools.engine.undo_step import StepRecorder, UndoJob, record_whole
+from adapterhub_tools.engine.undo_keep import StepRecorder, UndoJob, record_whole
 from adapterhub_tools.errors import AdapterError, FormatError, LossyError
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS

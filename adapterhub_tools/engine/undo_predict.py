@@ -176,3 +176,8 @@ def as_bits(values: Tensor, numpy_bits: str) -> AnyArray:
     signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     bits: AnyArray = values.view(signed).numpy().view(numpy_bits).reshape(-1)
     return bits
+
+
+def plane_type(size: int) -> str:
+    """Returns the element type whose byte planes are compressed: two bytes where they come out even."""
+    return "u1" if size % 2 else "u2"

@@ -110,7 +110,7 @@ def plan_undo(
 
 
 def _predictor(step: Step, name: str) -> str:
-    from adapterhub_tools.engine.undo_step import predictor_of
+    from adapterhub_tools.engine.undo_keep import predictor_of
 
     if step.base_name != name:
         return ZERO  # the adapter's tensor stands there now

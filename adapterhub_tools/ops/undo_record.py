@@ -25,7 +25,7 @@ from adapterhub_tools.store.files import LocalFile, resolve_inside
 from adapterhub_tools.store.layout import build_file
 
 if TYPE_CHECKING:
-    from adapterhub_tools.engine.undo_step import UndoJob
+    from adapterhub_tools.engine.undo_keep import UndoJob
 
 
 class UndoSpool:
@@ -117,7 +117,7 @@ class UndoRecording:
         self.jobs: dict[str, UndoJob] = {}
         if plan is None or spool is None:
             return
-        from adapterhub_tools.engine.undo_step import UndoJob
+        from adapterhub_tools.engine.undo_keep import UndoJob
 
         for name, base in plan.bases.items():
             tensor = plan.tensors[name]
