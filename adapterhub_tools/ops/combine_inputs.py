@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
 
 _COMPARED = ("digest", "config_digest")
+_OF_TARGETS = ("targets_digest", "random_digest")
+"""What is recorded of a base for one adapter's own targets."""
+_OF_ALL = ("quantisation",)
+"""What holds for the combination only where every input says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +106,13 @@ def open_inputs(
 def common_base(inputs: Sequence[CombineInput]) -> BaseRef | None:
     """Returns what all inputs agree on about their base; None if nothing."""
     known = [known_base(item.opened) or BaseRef() for item in inputs]
-    merged = {
-        name: next(iter(values))
-        for name in BaseRef.__slots__
-        if name not in ("targets_digest", "random_digest", "quantisation")
-        and len(values := {getattr(base, name) for base in known} - {None}) == 1
-    }
+    merged = {}
+    for name in BaseRef.__slots__:
+        values = [value for base in known if (value := getattr(base, name)) is not None]
+        if name in _OF_ALL and len(values) < len(known):
+            continue
+        if name not in _OF_TARGETS and values and all(value == values[0] for value in values):
+            merged[name] = values[0]
     return BaseRef(**merged) if merged else None
 
 
