@@ -86,7 +86,7 @@ def combine_into(
     _check_weights(made, weights, len(adapters))
     checkpoint = open_checkpoint(base)
     opened = [open_mergeable(path, options) for path in adapters]
-    parts = fit_all(opened, adapters, weights.default, checkpoint)
+    parts = fit_all(opened, adapters, (1.0,) * len(adapters), checkpoint)
     if not allow_disjoint:
         _refuse_disjoint(parts)
     for part in parts:
