@@ -204,7 +204,7 @@ class DequantizedFile:
         unit, rows = loader.row_unit, matrix_shape(spec.shape)[0]
         begin, end = first - first % unit, first + out.shape[0]
         end = min(rows, end + -end % unit)
-        stored = self._stored(loaded, begin, end - begin)
+        stored = self._stored(loaded, begin, end - begin, known=loader.needs_pass)
         if (begin, end) == (first, first + out.shape[0]):
             loader.dequantized(stored, begin, out.dtype, out=out)
         else:
@@ -225,8 +225,8 @@ class DequantizedFile:
         loader.close()
         return loader
 
-    def _stored(self, loaded: LoadedTensor, first: int, count: int) -> Tensor:
-        """Returns rows as they are stored."""
+    def _stored(self, loaded: LoadedTensor, first: int, count: int, *, known: bool = False) -> Tensor:
+        """Returns rows as they are stored; ``known`` where they were read and found to be finite before."""
         item = loaded.item
         dtype, columns = torch_dtype(item.spec.dtype), matrix_shape(item.spec.shape)[1]
         row = columns * dtype.itemsize
@@ -235,6 +235,8 @@ class DequantizedFile:
         source.read_into(memory_of(raw), item.offset + first * row)
         rows = raw.view(dtype).view(count, columns)
         # A sum is finite if all values are, or nearly; quantising would turn a NaN into a number.
+        if known:
+            return rows
         if not bool(torch.isfinite(rows.sum(dtype=torch.float32))) and not bool(torch.isfinite(rows).all()):
             raise non_finite(rows, first, source.name, item.spec.name)
         return rows

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adapterhub_tools.model.plan import Plan, Step
     from adapterhub_tools.model.protocols import OpenSource, Progress
 
-SAMPLE_VALUES = 1 << 18
+SAMPLE_VALUES = 1 << 16
 """Values of each tensor that a sample holds, about."""
 _PIECES = 16
 _ALIGNED_ROWS = 64

@@ -12,13 +12,15 @@ from adapterhub_tools.engine.formula import formula
 from adapterhub_tools.engine.tensor_job import non_finite_error
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS
-from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS, BlockRounder
+from adapterhub_tools.linalg.rounding import BlockRounder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.model.plan import Step
     from adapterhub_tools.model.protocols import OpenSource
+
+_PIECE_ELEMENTS = 1 << 21
 
 
 class StepRows:
@@ -32,7 +34,7 @@ class StepRows:
     Attributes:
         rows: the number of rows of the matrix.
         columns: the number of columns.
-        rows_at_once: how many rows stay in a core's cache.
+        rows_at_once: how many rows make a piece of a few MiB.
         resolved: how many values float64 could not decide, so far.
     """
 
@@ -42,7 +44,7 @@ class StepRows:
         self._source = open_source(step.start.uri)
         self._expression = formula(step, open_source)
         self.rows, self.columns = matrix_shape(step.start.spec.shape)
-        self.rows_at_once: int = max(1, BLOCK_ELEMENTS // max(1, self.columns))
+        self.rows_at_once: int = max(1, _PIECE_ELEMENTS // max(1, self.columns))
         self._start_dtype = torch_dtype(step.start.spec.dtype)
         self._out_dtype = torch_dtype(step.output.dtype)
         self._rounder = BlockRounder(
