@@ -117,6 +117,13 @@ def fit_server(
         refused = [item.as_problem(str(adapter)) for item in refusals(examined.report.findings)]
         if refused:
             raise UnsupportedError(*refused)
+        if examined.opened.adapter.method not in ("lora", "dora"):
+            raise UnsupportedError.of(
+                "method",
+                f"it is of type {examined.opened.adapter.method}, which {found.title} reads as it is.",
+                file=str(adapter),
+                remedy="Use the adapter itself; only LoRA and DoRA are written anew.",
+            )
         return _write(given, out, examined, options, inputs, stack)
 
 

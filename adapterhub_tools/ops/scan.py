@@ -69,8 +69,6 @@ def scan_listing(
                 findings.append(found)
             else:
                 unchecked.append(found)
-    if any(file.path.lower().endswith(".gguf") for file in listing.files):
-        listing.skipped["GGUF files"] = "chat templates inside them are not looked at"
     kept = [_clean(finding, strict) for finding in findings if finding.problem.kind not in ignore]
     told = {finding.problem.kind for finding in kept if finding.problem.severity == "error"}
     complete = bool(listing.files) or not unchecked

@@ -16,6 +16,7 @@ from adapterhub_tools.ops.scan_config import (
     template_findings,
 )
 from adapterhub_tools.ops.scan_pickle import ARCHIVE_ERRORS, archive_members, imports_of
+from adapterhub_tools.ops.scan_template import gguf_templates
 from adapterhub_tools.ops.secrets import secret_problems
 from adapterhub_tools.ops.validation_report import Finding
 from adapterhub_tools.store.files import LFS_REMEDY, is_lfs_pointer
@@ -192,6 +193,9 @@ def _text(name: str, source: Source) -> Iterator[Finding]:
         elif is_loaded_config(name):
             message = f"has {source.length:,} bytes; a config has at most {MAX_CONFIG_BYTES:,}."
             yield rules.OVERSIZED.finding(message, file=name)
+    elif lower.endswith(".gguf"):
+        for key, template in gguf_templates(source.read(0, min(source.length, MAX_CONFIG_BYTES))):
+            yield from template_findings(name, template, loc=key)
     elif lower.endswith((".jinja", ".jinja2", ".j2")):
         text = source.read(0, min(source.length, MAX_CONFIG_BYTES)).decode("utf-8", "replace")
         yield from template_findings(name, text)

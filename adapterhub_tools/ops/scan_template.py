@@ -15,6 +15,7 @@ from typing import Any
 
 # A string without an end goes to the end of the text; tried from every quote, that would take quadratic time.
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*(?:'|\\?\Z)|\"(?:[^\"\\]|\\.)*(?:\"|\\?\Z)", re.DOTALL)
+_GGUF_KEY = re.compile(rb"tokenizer\.chat_template(?:\.[\w-]+)?(?=\x08\0\0\0)", re.ASCII)
 _OPENING = re.compile(r"\{[{%#]")
 # Inside a block a string may hold what looks like its end.
 _ENDS = {
@@ -98,6 +99,22 @@ def templates_in(value: Any) -> Iterator[tuple[str, str]]:
                 yield from _texts(where, inner)
             else:
                 waiting.append((where, inner))
+
+
+def gguf_templates(data: bytes) -> Iterator[tuple[str, str]]:
+    """Yields the chat templates among the metadata of a GGUF file, each with its key.
+
+    A value is the key, four bytes of type (8 is a string), eight of length, and the text (ggml, ``gguf.md``).
+
+    Args:
+        data: the beginning of the file.
+    """
+    for found in _GGUF_KEY.finditer(data):
+        kind, size = data[found.end() : found.end() + 4], data[found.end() + 4 : found.end() + 12]
+        begin = found.end() + 12
+        if int.from_bytes(kind, "little") == 8:
+            text = data[begin : begin + int.from_bytes(size, "little")]
+            yield found.group().decode(), text.decode("utf-8", "replace")
 
 
 def _texts(where: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -63,9 +63,12 @@ class Examination:
                 remedy=f"{_MERGE} Or approximate it: --to-lora with --base; DoRA has full rank in general.",
             )
         accepts = self._server.features["method"].accepts
-        methods = accepts if isinstance(accepts, tuple) else ()
         plain = adapter.method in ("lora", "dora")
-        if not plain:
+        every = accepts is True and (plain or adapter.dialect == self._server.name)
+        methods = accepts if isinstance(accepts, tuple) else ()
+        if every:
+            self._add("method", adapter.method, ACCEPTED)
+        elif not plain:
             self._add(
                 "method",
                 f"an adapter of type {adapter.method}",

@@ -88,6 +88,17 @@ def test_a_row_decides(feature: str, name: str, tmp_path: Path) -> None:
         assert report.out is None
 
 
+def test_another_type_that_peft_saved_is_its_own_form(tmp_path: Path) -> None:
+    build, config = FEATURES["method"]
+    saved(fresh(build), config, tmp_path / "a")
+    assert at.fit(tmp_path / "a", server="peft", check=True).exit_code == 0
+    refused(at.UnsupportedError, "method", tmp_path / "out", at.fit, tmp_path / "a", server="peft")
+    base = save_base(fresh(build), tmp_path / "base")
+    call = {"server": "vllm", "base": base, "to_lora": True, "allow_lossy": True}
+    at.fit(tmp_path / "a", tmp_path / "lora", **call)
+    assert at.fit(tmp_path / "lora", server="vllm", check=True).exit_code == 0
+
+
 def test_a_head_may_be_tied_where_no_base_is_given(tmp_path: Path) -> None:
     build, config = FEATURES["head"]
     saved(fresh(build), config, tmp_path / "a")

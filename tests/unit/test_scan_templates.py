@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from adapterhub_tools.ops.scan_template import template_dangers, templates_in
+import adapterhub_tools as at
+from adapterhub_tools.ops.scan_template import gguf_templates, template_dangers, templates_in
 
 HARMFUL = [
     "{{ x.__class__ }}",
@@ -78,6 +81,23 @@ def test_templates_are_found_wherever_they_stand() -> None:
         "other": "f",
     }
     assert {text for _, text in templates_in(value)} == {"default", "a", "tool", "b", "c", "d", "e"}
+
+
+def test_templates_of_gguf_files_are_found(tmp_path: Path) -> None:
+    def entry(key: bytes, text: bytes, kind: int = 8) -> bytes:
+        head = len(key).to_bytes(8, "little") + key + kind.to_bytes(4, "little")
+        return head + len(text).to_bytes(8, "little") + text
+
+    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)
+    good = head + entry(b"general.name", b"x") + entry(b"tokenizer.chat_template", b"{{ bos_token }}")
+    evil = good + entry(b"tokenizer.chat_template.tool_use", b"{{ x.__class__ }}") + bytes(100)
+    assert list(gguf_templates(good)) == [("tokenizer.chat_template", "{{ bos_token }}")]
+    (tmp_path / "a.gguf").write_bytes(good)
+    assert at.scan(tmp_path).ok
+    (tmp_path / "a.gguf").write_bytes(evil)
+    (found,) = at.scan(tmp_path).problems
+    assert found.kind == "template-code"
+    assert "tool_use" in found.loc
 
 
 def test_a_long_hostile_text_is_read_in_linear_time() -> None:
