@@ -15,6 +15,9 @@ from torch import Tensor
 import adapterhub_tools as at
 from adapterhub_tools.errors import FormatError, IntegrityError, LossyError, MismatchError
 from adapterhub_tools.linalg.formats import FORMATS, round_double
+from adapterhub_tools.model.combination import Combination, CombinedInput
+from adapterhub_tools.model.plan import ByteRange, Step
+from adapterhub_tools.model.tensor import TensorSpec
 from adapterhub_tools.ops.combine_into import combine_into
 from adapterhub_tools.ops.combine_weights import Weights
 from adapterhub_tools.ops.merge_options import MergeOptions
@@ -311,3 +314,15 @@ def test_overflow_and_bad_base_values_are_found(tmp_path: Path) -> None:
     with pytest.raises(FormatError):
         into(base, adapters, tmp_path / "out", "ties")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_with_a_combination_is_plain_json() -> None:
+    whole = Combination(
+        method="della",
+        hparams={"density": 0.5, "seed": 2**64 - 1},
+        name="m.q",
+        inputs=(CombinedInput(terms=1, key="a"), CombinedInput(terms=0, key="b", weight=0.5)),
+    )
+    item = ByteRange(uri="x", offset=0, spec=TensorSpec(name="m.q.weight", dtype="BF16", shape=(2, 2)))
+    step = Step(action="merge", start=item, output=item.spec, file="f", offset=0, combination=whole)
+    assert Step.from_json(json.loads(json.dumps(step.to_json()))) == step
