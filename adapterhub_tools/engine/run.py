@@ -30,6 +30,7 @@ from adapterhub_tools.model.protocols import OpenSource, Progress
 from adapterhub_tools.store.writer import RangeWriter
 
 MAX_DEFAULT_THREADS = 8
+MAX_COMBINING_THREADS = 4
 _BLOCK_BYTES = BLOCK_ELEMENTS * (8 + 4 + 4 + 2 + 1 + 1)
 
 
@@ -48,10 +49,15 @@ class RunResult:
     resolved: int
 
 
-def default_threads() -> int:
-    """Returns the number of processors this process may use, at most MAX_DEFAULT_THREADS."""
+def default_threads(*, combining: bool = False) -> int:
+    """Returns the number of processors this process may use, at most MAX_DEFAULT_THREADS.
+
+    Args:
+        combining: True where steps have a combination, whose panels take up to 80 MB a thread: then at most
+            MAX_COMBINING_THREADS, so that the whole process stays below 600 MB.
+    """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, MAX_DEFAULT_THREADS)
+    return min(available, MAX_COMBINING_THREADS if combining else MAX_DEFAULT_THREADS)
 
 
 def buffer_bytes(steps: tuple[Step, ...], threads: int) -> int:

@@ -13,7 +13,8 @@ from adapterhub_tools.model.plan import Step
 from adapterhub_tools.ops.combine_options import implementation
 from adapterhub_tools.ops.combine_weights import Weights
 from adapterhub_tools.ops.merge import merge
-from adapterhub_tools.ops.merge_inputs import fit_all, open_mergeable
+from adapterhub_tools.ops.merge_base import settle_base
+from adapterhub_tools.ops.merge_inputs import open_mergeable
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import changes_of
@@ -23,9 +24,6 @@ from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
     from adapterhub_tools.ops.merge_report import MergeReport
-
-MAX_DEFAULT_THREADS = 4
-"""Panels take up to 80 MB a thread, and the whole process is to stay below 600 MB."""
 
 
 def combine_into(
@@ -86,24 +84,17 @@ def combine_into(
     _check_weights(made, weights, len(adapters))
     checkpoint = open_checkpoint(base)
     opened = [open_mergeable(path, options) for path in adapters]
-    parts = fit_all(opened, adapters, (1.0,) * len(adapters), checkpoint)
+    started = settle_base(checkpoint, opened, adapters, (1.0,) * len(adapters), options)
     if not allow_disjoint:
-        _refuse_disjoint(parts)
-    for part in parts:
-        _refuse_zero(part, checkpoint)
-    from adapterhub_tools.engine.run import default_threads
-
+        _refuse_disjoint(started.parts)
+    for part in started.parts:
+        _refuse_zero(part, started.checkpoint)
     choice = CombinationChoice(method=method, hparams=made.to_json(), weights=weights.patterns)
     return merge(
         checkpoint,
         adapters,
         out,
-        replace(
-            options,
-            scales=weights.default,
-            combination=choice,
-            threads=options.threads or min(default_threads(), MAX_DEFAULT_THREADS),
-        ),
+        replace(options, scales=weights.default, combination=choice),
         progress,
     )
 

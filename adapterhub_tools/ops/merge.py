@@ -93,7 +93,8 @@ def merge(
     from adapterhub_tools.engine.run import buffer_bytes, default_threads
 
     # A base that comes over a network is read from front to back; the bytes are the same.
-    threads = 1 if checkpoint.is_remote else options.threads or default_threads()
+    default = default_threads(combining=options.combination is not None)
+    threads = 1 if checkpoint.is_remote else options.threads or default
     planned = plan_merge(checkpoint, parts, options, lambda steps: buffer_bytes(steps, threads))
     if started.onto == "quantized":
         planned = requantised(planned, checkpoint.on_disk, started.weights, options)

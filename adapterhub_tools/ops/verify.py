@@ -222,7 +222,9 @@ class _Run:
         steps = self._planned.plan.steps
         numbered = list(enumerate(steps))
         self._progress.start("verifying", sum(step.output.nbytes for step in steps))
-        threads = 1 if self._device != "cpu" else self._options.threads or default_threads()
+        combining = any(step.combination is not None for step in steps)
+        threads = self._options.threads or default_threads(combining=combining)
+        threads = 1 if self._device != "cpu" else threads
         try:
             verdicts = list(in_order(self._one, numbered, threads))
             verdicts = [self._explained(verdict) for verdict in verdicts]
