@@ -13,6 +13,7 @@ from adapterhub_tools.quant._parts import non_finite
 if TYPE_CHECKING:
     from torch import Tensor
 
+_ONE = torch.ones(())  # a division is correctly rounded everywhere; torch.reciprocal need not be
 SMALLEST = 1e-38
 """What bitsandbytes divides by where a block's largest magnitude is less."""
 
@@ -44,7 +45,7 @@ def scaled_blocks(blocks: Tensor, scales: Tensor, *, short: bool = False) -> Ten
     """
     if short:
         return (blocks.to(torch.float32) / scales[:, None]).view(-1)
-    return (blocks * torch.reciprocal(scales.clamp(min=SMALLEST))[:, None]).view(-1)
+    return (blocks * torch.div(_ONE, scales.clamp(min=SMALLEST))[:, None]).view(-1)
 
 
 def refuse_non_finite(scales: Tensor, first: int) -> None:

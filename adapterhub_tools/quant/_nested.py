@@ -68,7 +68,7 @@ def quantize_scales(scales: Tensor, size: int) -> NestedScales:
     blocks = padded.view(groups, size)
     largest = blocks.abs().amax(dim=1)
     # Dividing by 1 where all is zero: such a block has code 0 below.
-    inverse = torch.reciprocal(torch.where(largest == 0, 1.0, largest))
+    inverse = torch.div(torch.ones(()), torch.where(largest == 0, 1.0, largest))
     scaled = (blocks * inverse[:, None]).clamp_(-1, 1)
     # The library looks codes up in a table of 65536 bins of [-1, 1], with a fused multiply-add.
     half = scaled.add_(1.0).mul_(0.5).to(torch.float64)
@@ -99,11 +99,25 @@ def dynamic_code_book() -> Tensor:
     """
     values = [0.0, 1.0]
     for power in range(7):
-        edges = torch.linspace(0.1, 1, 2**power + 1, dtype=torch.float32)
-        middles = (edges[:-1] + edges[1:]) / 2.0
-        for sign in (1.0, -1.0):
-            values += (sign * 10 ** (power - 6) * middles).tolist()
+        edges = _edges(2**power)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
+        for value in middles.tolist():
+            # The scale is a binary64 number, and the product is rounded to binary32 as torch does it.
+            scaled = float(np.float32(np.float32(10 ** (power - 6)) * np.float32(value)))
+            values += [scaled, -scaled]
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def _edges(parts: int) -> AnyArray:
+    """Returns the ends of equal parts of [0.1, 1] as torch's ``linspace`` has them on an x86-64 processor.
+
+    It steps from the nearer end, with a fused multiply-add in binary32; binary64 holds the product.
+    """
+    low, high = np.float64(np.float32(0.1)), np.float64(1)
+    step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(parts))
+    number = np.arange(parts + 1, dtype=np.float64)
+    from_low, from_high = low + step * number, high - step * (parts - number)
+    return np.where(number < (parts + 1) // 2, from_low, from_high).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
