@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE_VALUES = 1 << 16
 """Values of each tensor that a sample holds, about."""
-_PIECES = 16
+_PIECES = 4
 _ALIGNED_ROWS = 64
 """A sample begins at a multiple of so many rows, which is the start of a block of any quantised format."""
 
@@ -93,8 +93,9 @@ def _of_step(
         start = rows.start(first, count)
         advance(start.nbytes)
         out = written(rows.rounded(start, first))
-        keep = rows.computed(first, count)
-        total += _compare(start.double()[keep], rows.exact(start, first)[keep], out.double()[keep])
+        total += _compare(
+            *rows.computed(first, (start.double(), rows.exact(start, first), out.double())),
+        )
     return total
 
 
@@ -126,16 +127,17 @@ def _written(step: Step, rows: StepRows, pieces: Sequence[tuple[int, int]]) -> C
 
 
 def _compare(old: Tensor, new: Tensor, written: Tensor) -> Loss:
-    """Returns the loss of some rows, all in float64: W, W' and W'_q."""
-    delta = (new - old).reshape(-1)
-    error = (written - new).reshape(-1)
+    """Returns the loss of some rows, all in float64: W, W' and W'_q; the first and last are overwritten."""
+    exact = new.reshape(-1)
+    error = written.reshape(-1).sub_(exact)
+    delta = old.reshape(-1).sub_(exact).neg_()
     size = float(delta @ delta)
     return Loss(
         values=delta.numel(),
         delta=size,
         kept=size + float(delta @ error),
         error=float(error @ error),
-        merged=float((new * new).sum()),
+        merged=float(exact @ exact),
     )
 
 

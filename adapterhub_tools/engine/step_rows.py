@@ -105,10 +105,12 @@ class StepRows:
                 out[row - first] = values
         return out
 
-    def computed(self, first: int, count: int) -> Tensor:
-        """Returns which rows are computed, as booleans: the others are replaced."""
+    def computed(self, first: int, blocks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Returns of each block those rows that are computed, without the ones that are replaced."""
+        count = int(blocks[0].shape[0])
+        replaced = [row - first for row in self._patch if first <= row < first + count]
+        if not replaced:
+            return blocks
         keep = torch.ones(count, dtype=torch.bool)
-        for row in self._patch:
-            if first <= row < first + count:
-                keep[row - first] = False
-        return keep
+        keep[replaced] = False
+        return tuple(block[keep] for block in blocks)
