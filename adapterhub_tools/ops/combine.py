@@ -20,7 +20,7 @@ from adapterhub_tools.ops.combine_modules import Joint, join_modules, paths_of
 from adapterhub_tools.ops.combine_options import CombineOptions, implementation
 from adapterhub_tools.ops.combine_ranks import choose_ranks
 from adapterhub_tools.ops.combine_report import CombinedInput, CombineReport
-from adapterhub_tools.ops.combine_work import Combined, Work, nbytes_of, refuse_zero_sum
+from adapterhub_tools.ops.combine_work import Combined, Work, base_nbytes_of, nbytes_of, refuse_zero_sum
 from adapterhub_tools.ops.hash import tensor_digests
 from adapterhub_tools.ops.low_rank import Tensors
 from adapterhub_tools.ops.shrink_report import ModuleReport
@@ -58,7 +58,9 @@ def combine(
         MismatchError: they do not belong together, nothing is left of them, or an option does not fit.
         IntegrityError: one differs from its manifest, or the base from what a manifest records.
         StoreError: the output cannot be written; what was there is untouched.
+        ValueError: a value that an option does not have, or no ``out`` without ``dry_run``.
     """
+    options.check_values()
     factors = options.space == "factors"
     method = None
     if not factors:
@@ -111,7 +113,7 @@ def _by_deltas(work: Work, joints: Sequence[Joint], full: CombinedFull) -> list[
     specs = [item.tensor for item in full.full]
     in_bytes = budget is not None and budget.unit == "bytes"
     ranks = choose_ranks(work, joints, sum(spec.nbytes if in_bytes else spec.elements for spec in specs))
-    work.progress.start("combining", sum(nbytes_of(joint) for joint in joints))
+    work.progress.start("combining", sum(nbytes_of(joint) + base_nbytes_of(joint) for joint in joints))
     results = in_order(lambda j: work.combine(j, ranks.get(j.path)), joints, work.threads)
     done = [with_biases(work, joint, result) for joint, result in zip(joints, results, strict=True)]
     work.progress.finish()

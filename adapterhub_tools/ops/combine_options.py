@@ -9,6 +9,7 @@ from typing import Any
 
 from adapterhub_tools import registry
 from adapterhub_tools.errors import MismatchError, escape
+from adapterhub_tools.model.tensor import DTYPE_NAMES
 from adapterhub_tools.ops.combine_weights import Weights
 from adapterhub_tools.ops.rank_policy import RankPolicy
 
@@ -57,6 +58,20 @@ class CombineOptions:
     allow_replace_gap: bool = False
     threads: int | None = None
     dry_run: bool = False
+
+    def check_values(self) -> None:
+        """Refuses values that no option has; the command line refuses them earlier.
+
+        Raises:
+            ValueError: an unknown space, rule or dtype.
+        """
+        for name, value, known in (
+            ("space", self.space, SPACES),
+            ("full", self.full, FULL_RULES),
+            ("dtype", self.dtype, (None, *DTYPE_NAMES)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options that decide the result, for the history."""

@@ -243,6 +243,12 @@ def nbytes_of(joint: Joint) -> int:
     return sum(spec.nbytes for member in joint.members for spec in member.module.factors.values())
 
 
+def base_nbytes_of(joint: Joint) -> int:
+    """Returns the bytes of the base that one pass over the members' deltas reads."""
+    targets = [member.target for member in joint.members if not member.plain]
+    return sum(target.step.start.spec.nbytes for target in targets if target is not None)
+
+
 def value_cost(joint: Joint, dtype: str, unit: str) -> float:
     """Returns what one rank of a module takes, in values or bytes."""
     return sum(joint.shape) * (DTYPE_BITS[dtype] / 8 if unit == "bytes" else 1)

@@ -99,6 +99,14 @@ def test_the_manifest_keeps_the_base_that_all_record(tmp_path: Path) -> None:
     assert twice.digest == at.adapter_digest(tmp_path / "o")
 
 
+@pytest.mark.parametrize("wrong", [{"space": "delta"}, {"full": "mean"}, {"dtype": "int8"}])
+def test_values_that_no_option_has(wrong: dict[str, str], tmp_path: Path) -> None:
+    folders = [adapter(tmp_path / f"a{i}", LAYERS, 200 * i) for i in range(2)]
+    with pytest.raises(ValueError, match="must be one of"):
+        at.combine_adapters(folders, out=tmp_path / "o", weights=[1, 1], **wrong)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_dry_run_reports_and_writes_nothing(tmp_path: Path) -> None:
     folders = [adapter(tmp_path / f"a{i}", LAYERS, 200 * i) for i in range(2)]
     before = sorted(tmp_path.rglob("*"))
