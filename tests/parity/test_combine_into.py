@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import adapterhub_tools as at
-from tests.parity import models
+from tests.parity import models, quantised_bases
 from tests.parity.low_rank import deltas, fresh, loaded, saved
 from tests.property import combine_formulas as dense
 
@@ -132,3 +132,27 @@ def test_two_adapters_that_replace_one_tensor(tmp_path: Path) -> None:
         into(base, adapters, tmp_path / "out", "ties", (1.0, 1.0))
     assert caught.value.problems[0].kind == "replaced-twice"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_stored_quantised(tmp_path: Path) -> None:
+    """QLoRA adapters: the deltas meet the weights that they were trained on, dequantised."""
+    model = quantised_bases.load(
+        quantised_bases.save_plain(tmp_path / "half", torch.bfloat16),
+        quantised_bases.SCHEMES["nf4"],
+        torch.bfloat16,
+    )
+    model.save_pretrained(tmp_path / "base")
+    for place in range(2):
+        loaded_again = quantised_bases.load(tmp_path / "base")
+        config = lora(["q_proj", "down_proj"], r=2 + place)
+        quantised_bases.adapted(loaded_again, config, tmp_path / f"a{place}", size=0.05 * (place + 1))
+    adapters = [tmp_path / "a0", tmp_path / "a1"]
+    report = into(tmp_path / "base", adapters, tmp_path / "out", "ties", (0.75, 0.0), density=1.0)
+    at.merge(tmp_path / "base", adapters, tmp_path / "merged", scale=[0.75, 0.0])
+    found, wanted = weights_of(tmp_path / "out"), weights_of(tmp_path / "merged")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    assert report.receipt.options["onto"] == "dequantized"
+    both = into(tmp_path / "base", adapters, tmp_path / "both", "ties", (1.0, 0.5), density=0.5)
+    again = at.merge(tmp_path / "base", adapters, tmp_path / "again", replay=tmp_path / "both")
+    assert again.digest == both.digest != report.digest
