@@ -20,13 +20,13 @@ from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.receipt_file import load_receipt
+from adapterhub_tools.ops.verify_causes import REMEDY, add_whole, difference_text, wrong
 from adapterhub_tools.ops.verify_files import account_config, account_tokenizer
 from adapterhub_tools.ops.verify_receipt import onto_problem
 from adapterhub_tools.ops.verify_report import SAMPLES, TensorVerdict, VerifyOptions, VerifyReport
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
-    from adapterhub_tools.engine.check_bytes import Difference
     from adapterhub_tools.engine.check_tensor import Pair
 
 MOST_STEPS = 1.5
@@ -238,7 +238,7 @@ class _Run:
         for verdict in verdicts:
             if not verdict.ok:
                 problems.append(
-                    Problem(kind="tensor", message=f"{verdict.cause}.", loc=verdict.name, remedy=_REMEDY)
+                    Problem(kind="tensor", message=f"{verdict.cause}.", loc=verdict.name, remedy=REMEDY)
                 )
         for name, stored in self._merged.tensors.items():
             if name not in names:
@@ -248,10 +248,10 @@ class _Run:
                         message="neither the base nor the adapters have it.",
                         file=stored.file,
                         loc=name,
-                        remedy=_REMEDY,
+                        remedy=REMEDY,
                     )
                 )
-        _whole(verdicts, steps, problems)
+        add_whole(verdicts, steps, problems)
         return tuple(verdicts)
 
     def _one(self, numbered: tuple[int, Step]) -> TensorVerdict:
@@ -259,12 +259,16 @@ class _Run:
         self._progress.advance(step.output.nbytes)
         stored = self._merged.tensors.get(step.output.name)
         rows = step.output.shape[0] if step.output.shape else 1
+        from adapterhub_tools.engine.check_experts import packed_by_name, packed_otherwise
+
         if stored is None:
-            return _wrong(step, rows, "it is missing")
-        if stored.spec.shape != step.output.shape:
-            found, expected = list(stored.spec.shape), list(step.output.shape)
-            return _wrong(step, rows, f"its shape is {found}, expected {expected}")
+            packed = packed_by_name(step.output.name, self._merged.tensors)
+            return wrong(step, rows, f"it is missing{packed and f': {packed}'}")
         merged = ByteRange(uri=self._merged.uri(stored.file), offset=stored.offset, spec=stored.spec)
+        if stored.spec.shape != step.output.shape:
+            packed = "" if step.action != "copy" else packed_otherwise(step.start, merged, self.open)
+            found, expected = list(stored.spec.shape), list(step.output.shape)
+            return wrong(step, rows, packed or f"its shape is {found}, expected {expected}")
         if step.terms or step.patch is not None:
             return self._changed(number, step, merged, rows)
         from adapterhub_tools.engine.check_bytes import bytes_differ, cast_differs
@@ -275,10 +279,12 @@ class _Run:
         elif {stored.spec.dtype, step.start.spec.dtype} <= set(FLOAT_DTYPES):
             verdict, difference = "cast", cast_differs(step.start, merged, self.open)
         else:
-            return _wrong(step, rows, f"it is {stored.spec.dtype}, expected {step.start.spec.dtype}")
+            return wrong(step, rows, f"it is {stored.spec.dtype}, expected {step.start.spec.dtype}")
         if difference is not None:
+            if packed := packed_otherwise(step.start, merged, self.open):
+                return wrong(step, rows, packed)
             source = "the base's" if step.base_name is not None else "the adapter's"
-            return _wrong(step, rows, f"it is not {source} tensor: {_difference(difference, step)}")
+            return wrong(step, rows, f"it is not {source} tensor: {difference_text(difference, step)}")
         return TensorVerdict(
             name=step.output.name, verdict=verdict, arithmetic="bytes", rows=rows, rows_checked=rows
         )
@@ -291,7 +297,7 @@ class _Run:
         from adapterhub_tools.engine.check_tensor import Pair, check_sum, is_own
 
         if merged.spec.dtype not in FLOAT_DTYPES:
-            return _wrong(step, rows, f"it is {merged.spec.dtype}, which is not a float")
+            return wrong(step, rows, f"it is {merged.spec.dtype}, which is not a float")
         if not is_own(step) or step.patch is not None:
             own = is_scaled(step)
             most = MOST_STEPS if merged.spec.dtype != "F32" else MOST_STEPS_F32
@@ -304,8 +310,8 @@ class _Run:
             right = "correctly rounded" if own else "recomputed"
             if difference is not None and (self._strict or difference.steps > most):
                 self._keep(step, merged)
-                cause = _difference(difference, step)
-                return replace(_wrong(step, rows, cause), arithmetic=arithmetic, rows_checked=rows)
+                cause = difference_text(difference, step)
+                return replace(wrong(step, rows, cause), arithmetic=arithmetic, rows_checked=rows)
             return TensorVerdict(
                 name=step.output.name,
                 verdict=right if difference is None else "within k ulp",
@@ -352,43 +358,5 @@ class _Run:
         return replace(verdict, cause=diagnose(pair, found, others))
 
 
-_REMEDY = "Merge again, from the base and the adapter that are meant."
-
-
 def _opener(merged: Checkpoint, file: str) -> Callable[[], OpenSource]:
     return lambda: merged.open(file)
-
-
-def _wrong(step: Step, rows: int, cause: str) -> TensorVerdict:
-    return TensorVerdict(
-        name=step.output.name, verdict="wrong", arithmetic="bytes", rows=rows, rows_checked=rows, cause=cause
-    )
-
-
-def _difference(difference: Difference, step: Step) -> str:
-    columns = 1
-    for size in step.output.shape[1:]:
-        columns *= size
-    row, column = divmod(difference.index, max(1, columns))
-    by = f", by at most {difference.largest:,} representable values" if difference.largest else ""
-    return f"{difference.count:,} values differ, the first at [{row}, {column}]{by}"
-
-
-def _whole(verdicts: Sequence[TensorVerdict], steps: Sequence[Step], problems: list[Problem]) -> None:
-    """Adds what many wrong tensors together say."""
-    plain = [v for v, step in zip(verdicts, steps, strict=True) if step.action == "copy"]
-    merged = [v for v, step in zip(verdicts, steps, strict=True) if step.terms]
-    if plain and sum(not v.ok for v in plain) * 2 > len(plain):
-        problems.append(
-            Problem(
-                kind="other-base",
-                message=f"{sum(not v.ok for v in plain)} of {len(plain)} tensors that the adapter does not "
-                "touch differ from the base's: the merge started from another base.",
-                remedy="Give the base of the merge, or merge again.",
-            )
-        )
-    causes = {v.cause for v in merged if not v.ok}
-    if len(merged) > 1 and len(causes) == 1 and all(not v.ok for v in merged):
-        problems.append(
-            Problem(kind="every-target", message=f"every target tensor: {causes.pop()}.", remedy=_REMEDY)
-        )
