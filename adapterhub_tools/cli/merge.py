@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 _SHOWN = 5
 
 
-@click.command("merge", cls=ToolCommand, example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged")
+@click.command(
+    "merge",
+    cls=ToolCommand,
+    example="adaptertool merge SmolLM2-135M-Instruct my-adapter merged\n"
+    "adaptertool merge SmolLM2-135M-Instruct my-qlora merged --quant nf4,double --compute-dtype bf16",
+)
 @click.argument("base", type=click.Path(readable=False))
 @click.argument("adapter", type=click.Path(readable=False), nargs=-1, required=True)
 @click.argument("out", type=click.Path(path_type=Path, readable=False))

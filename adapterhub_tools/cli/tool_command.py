@@ -24,7 +24,7 @@ class ToolCommand(click.Command):
     are errors of this program and are not hidden.
 
     Args:
-        example: a command line, shown in the help.
+        example: a command line, shown in the help; several are on a line each.
         unreadable: the exit code where something could not be read or written.
     """
 
@@ -36,10 +36,13 @@ class ToolCommand(click.Command):
         self._unreadable = unreadable
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the description, then the example on a line that is never wrapped."""
+        """Writes the description, then the examples on lines that are never wrapped."""
         super().format_help_text(ctx, formatter)
         formatter.write_paragraph()
-        formatter.write(f"  Example:\n    {self.example}\n")
+        lines = self.example.splitlines()
+        formatter.write(f"  {'Example' if len(lines) == 1 else 'Examples'}:\n")
+        for line in lines:
+            formatter.write(f"    {line}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
