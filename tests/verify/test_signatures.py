@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 import adapterhub_tools as at
 from adapterhub_tools.cli.main import cli
 from adapterhub_tools.errors import FormatError, StoreError, UnsupportedError
-from adapterhub_tools.store import signature
+from adapterhub_tools.store import directory, signature
 from tests.undo.models import make_adapter, make_base
 
 
@@ -278,3 +281,68 @@ def test_no_network_is_asked(signed: Path, keys: tuple[Path, Path]) -> None:
         [sys.executable, "-c", code, str(signed), str(keys[0]), str(keys[1])], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_at_the_signature(
+    tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receipt is written by then; still nothing appears."""
+    base, adapter = make_base(tmp_path / "base", hidden=32), make_adapter(tmp_path / "adapter", hidden=32)
+    (tmp_path / "place").mkdir()
+    flushed, written = directory.flush, directory.StagedDirectory.write_bytes
+    names: list[str] = []
+
+    def full(descriptor: int) -> None:
+        if names and names[-1] == "model.sig":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flushed(descriptor)
+
+    def watched(staged: directory.StagedDirectory, relative: str, data: bytes) -> None:
+        names.append(relative)
+        written(staged, relative, data)
+
+    monkeypatch.setattr(directory, "flush", full)
+    monkeypatch.setattr(directory.StagedDirectory, "write_bytes", watched)
+    with pytest.raises(StoreError, match=r"model\.sig: could not write it: No space left") as raised:
+        at.merge(base, adapter, tmp_path / "place" / "merged", sign=keys[0])
+    assert raised.value.problems[0].kind == "disk-full"
+    assert names[-2:] == ["merge_receipt.json", "model.sig"]
+    assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_a_broken_device_while_signing(
+    tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = make_base(tmp_path / "base", hidden=32), make_adapter(tmp_path / "adapter", hidden=32)
+    (tmp_path / "place").mkdir()
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "somewhere"))
+
+    monkeypatch.setattr(model_signing.signing.Config, "sign", broken)
+    with pytest.raises(StoreError, match="could not sign it: Input/output error"):
+        at.merge(base, adapter, tmp_path / "place" / "merged", sign=keys[0])
+    with pytest.raises(StoreError, match="could not sign it"):
+        at.sign(adapter, key=keys[0])
+    assert list((tmp_path / "place").iterdir()) == []
+    assert not (adapter / "model.sig").exists()
+
+
+def test_killed_while_signing(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    """What stands there stays, and the next run removes what the killed one left."""
+    base, adapter = make_base(tmp_path / "base", hidden=32), make_adapter(tmp_path / "adapter", hidden=32)
+    place = tmp_path / "place"
+    place.mkdir()
+    code = (
+        "import os, signal, sys, model_signing\n"
+        "import adapterhub_tools as at\n"
+        "model_signing.signing.Config.sign = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "at.merge(sys.argv[1], sys.argv[2], sys.argv[3], sign=sys.argv[4])\n"
+    )
+    paths = [str(base), str(adapter), str(place / "merged"), str(keys[0])]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (place / "merged").exists()
+    at.merge(base, adapter, place / "merged", sign=keys[0])
+    assert [path.name for path in place.iterdir()] == ["merged"]
+    assert at.verify(merged=place / "merged", pubkey=keys[1], receipt=True).ok
