@@ -47,7 +47,9 @@ class FactorWork:
             UnsupportedError: no such type, or adapters that PEFT's method has no meaning for.
             MismatchError: an option is missing or is none of it, or ranks differ.
         """
-        self.inputs, self.options, self.tensors = inputs, options, tensors
+        self.inputs: Sequence[CombineInput] = inputs
+        self.options: CombineOptions = options
+        self.tensors: Tensors = tensors
         self.notes: list[str] = []
         self._density, self._majority = _hparams(options)
         _check_inputs(inputs, dropped=options.full == "drop")

@@ -76,8 +76,12 @@ class Work:
         progress: Progress,
     ) -> None:
         """Decides the dtype."""
-        self.inputs, self.method, self.options = inputs, method, options
-        self.tensors, self.threads, self.progress = tensors, threads, progress
+        self.inputs: Sequence[CombineInput] = inputs
+        self.method: Any = method
+        self.options: CombineOptions = options
+        self.tensors: Tensors = tensors
+        self.threads: int = threads
+        self.progress: Progress = progress
         self.dtype: str = widest(inputs) if options.dtype is None else DTYPE_NAMES[options.dtype]
         self.factored: bool = hasattr(method, "coefficients")
         self.exact: bool = options.policy is None and self.factored and method.default_rank == "exact"
