@@ -34,7 +34,7 @@ from adapterhub_tools.ops.module_kinds import guarantee_of
 from adapterhub_tools.ops.part_digest import checked_digest
 from adapterhub_tools.ops.requantised_plan import requantised
 from adapterhub_tools.ops.sign import commit_signed
-from adapterhub_tools.ops.undo_plan import plan_undo
+from adapterhub_tools.ops.undo_plan import plan_undo, undo_notes
 from adapterhub_tools.ops.undo_record import UndoRecording, recording
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
@@ -141,7 +141,7 @@ def merge(
         last = (RECEIPT_FILE, canonical_json(receipt.to_json()).encode("utf-8"))
         commit_signed(staged, last, signer, out.absolute().name)
     left = tuple(f"could not be removed: {name}" for name in staged.left)
-    notes += left
+    notes += left + undo_notes(undo)
     return report_of(
         out,
         planned,

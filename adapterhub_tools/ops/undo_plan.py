@@ -109,6 +109,22 @@ def plan_undo(
     )
 
 
+def undo_notes(plan: UndoPlan | None) -> tuple[str, ...]:
+    """Returns what predicts how many tensors, for the report of a merge, with the names of some."""
+    groups: dict[str, list[str]] = {}
+    for name, tensor in () if plan is None else plan.tensors.items():
+        if tensor.predictor != COPY:
+            groups.setdefault(tensor.predictor, []).append(name)
+    notes = []
+    for predictor, names in sorted(groups.items()):
+        shown = ""
+        if predictor in (MERGED, ZERO):
+            shown = f": {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+        how = "stored as they are" if predictor == ZERO else "predicted"
+        notes.append(f"undo: {len(names)} tensors {how} ({predictor}){shown}")
+    return tuple(notes)
+
+
 def _predictor(step: Step, name: str) -> str:
     from adapterhub_tools.engine.undo_keep import predictor_of
 

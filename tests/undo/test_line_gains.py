@@ -161,8 +161,10 @@ def test_gains_of_zero_and_beyond_any_range(tmp_path: Path) -> None:
 def test_a_part_of_dora_has_no_gains(tmp_path: Path, scale: float) -> None:
     base = make_base(tmp_path / "base", hidden=64, specials=True)
     adapter = make_dora(tmp_path / "adapter", base, hidden=64, delta=0.1, spread=0.1)
-    at.merge(base, adapter, tmp_path / "merged", undo=True, scale=scale)
+    report = at.merge(base, adapter, tmp_path / "merged", undo=True, scale=scale)
     assert predictors(tmp_path / "merged") == {SCALED if scale == 1 else MERGED}
+    told = f"undo: 4 tensors predicted ({SCALED if scale == 1 else MERGED})"
+    assert any(note.startswith(told) for note in report.notes)
     at.unmerge(tmp_path / "merged", tmp_path / "undone", adapter=adapter, threads=3)
     assert files_of(tmp_path / "undone") == files_of(base)
 
