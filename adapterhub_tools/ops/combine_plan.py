@@ -72,6 +72,8 @@ def combined_steps(
     found = []
     for step in steps:
         own = [tuple(term for term in step.terms if _is_of(term, part)) for part in parts]
+        if sum(map(len, own)) != len(step.terms):
+            raise ValueError(f"a term of {step.output.name} belongs to no adapter, or to two")
         problems += [problem for terms in own if (problem := _mixture(terms, step.output.name)) is not None]
         if not step.terms or (linear and not weighs and _adds_up(own)):
             found.append(step)
@@ -102,7 +104,7 @@ def combined_steps(
 
 
 def _is_of(term: Term, part: Part) -> bool:
-    return all(item.uri == part.uri for item in term.factors.values())
+    return bool(term.factors) and all(item.uri == part.uri for item in term.factors.values())
 
 
 def _adds_up(own: Sequence[tuple[Term, ...]]) -> bool:
