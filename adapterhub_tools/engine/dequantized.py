@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 _BLOCK_ELEMENTS = 1 << 19
 """Weights that are dequantised at a time."""
-_HELD = 16
-"""Of so many weights the scales are kept: more than there are threads, each of which is at one weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +60,10 @@ class ShownTensor:
     content: ByteRange | QuantizedTensor | LoadedTensor
 
 
-@dataclass(slots=True)
-class _Prepared:
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    value: Any = None
-
-
 class DequantizedFile:
     """An OpenSource of dequantised tensors; safe to use from several threads.
 
-    Memory: 4 bytes for each block of a few weights under way, and a few MiB for each reading thread.
+    Memory: for each reading thread 4 bytes a block of the weight that it is at, and a few MiB.
 
     Args:
         name: what to call it in a message.
@@ -89,7 +80,7 @@ class DequantizedFile:
         self._offsets = [item.offset for item in shown]
         self._open_file = open_file
         self._opened: dict[str, OpenSource] = {}
-        self._prepared: OrderedDict[str, _Prepared] = OrderedDict()
+        self._held = threading.local()
         self._lock = threading.Lock()
 
     @property
@@ -242,13 +233,9 @@ class DequantizedFile:
         return rows
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns what ``make`` gives for a tensor, made once and kept while it is in use."""
-        with self._lock:
-            entry = self._prepared.setdefault(name, _Prepared())
-            self._prepared.move_to_end(name)
-            while len(self._prepared) > _HELD:
-                self._prepared.popitem(last=False)
-        with entry.lock:
-            if entry.value is None:
-                entry.value = make()
-            return entry.value
+        """Returns what ``make`` gives for a tensor; each thread keeps that of the one it is at."""
+        if getattr(self._held, "name", None) != name:
+            self._held.name, self._held.value = None, None
+            self._held.value = make()
+            self._held.name = name
+        return self._held.value

@@ -134,6 +134,8 @@ def _stored(
         compute = declared.compute_dtype
     if compute not in (None, scheme.compute_dtype) and scheme.compute_dtype is not None:
         notes.append(f"the compute dtype is {compute}; the base's config says {scheme.compute_dtype}")
+    if compute is None and scheme.compute_dtype is None and scheme.bits == 4:
+        notes.append("nothing says the compute dtype: taken is the dtype that each weight had before")
     scheme = replace(scheme, compute_dtype=compute or scheme.compute_dtype)
     view = stored_view(checkpoint, weights, scheme.compute_dtype)
     where = "as the base has it" if onto == "quantized" else "dequantised"
