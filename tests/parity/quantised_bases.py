@@ -61,8 +61,7 @@ def save_plain(folder: Path, dtype: torch.dtype, **changes: Any) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=96,
-        tie_word_embeddings=False,
-        **changes,
+        **{"tie_word_embeddings": False, **changes},
     )
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     return folder
