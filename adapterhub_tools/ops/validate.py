@@ -209,7 +209,16 @@ def _check_base(
         found.add(IntegrityError, module_base_problems(fitted, manifest))
     if check_base == "full":
         found.add(IntegrityError, base_fact_problems(checkpoint, manifest))
-    found.run("base digest", digests)
+    known = manifest.base
+    compared = known.targets_digest or (known.digest if check_base == "full" else None)
+    if check_base == "off":
+        found.skip("base digest", "not asked for")
+    elif compared is not None:
+        found.run("base digest", digests)
+    else:
+        found.skip("base digest", "the manifest records none")
+        if known.config_digest is not None:
+            found.run("base config", digests)
     if manifest.base.random_digest is not None:
         found.run("random tensors", lambda: found.add(IntegrityError, random_problems(fitted, manifest)))
 
