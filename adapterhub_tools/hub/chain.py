@@ -89,7 +89,7 @@ def _look_up(snapshot: Snapshot, id: str, revision: str | None) -> tuple[Link, s
             id=check_id(id), revision=None if revision is None else check_revision(revision)
         )
     except FormatError:
-        note = "not looked up: a local path"
+        note = "not looked up: a local path, a URL, or no id of a Hub"
         return Link(id=id, kind="unknown", revision=revision, note=note), None, None
     try:
         from adapterhub_tools.hub.repository import Repository

@@ -37,12 +37,15 @@ class FsspecStore:
                 raise ValueError(f"{scheme} cannot hold a registry")
             self._files, self._root = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            extra = "pip install 'adaptertool[s3]'" if scheme in ("s3", "s3a") else f"pip install {scheme}fs"
+            remedy = "Use a registry in a folder (file://) or an object store (s3://)."
+            if isinstance(error, ImportError):
+                missing = "adaptertool[s3]" if scheme in ("s3", "s3a") else "the package that fsspec names"
+                remedy = f"Install {missing}, or use a registry in a folder (file://)."
             raise UnsupportedError.of(
                 "store",
                 f"{escape(scheme)}:// cannot be used: {escape(error)}.",
                 loc=escape(url),
-                remedy=f"Install what it needs (such as {escape(extra)}), or use file:// or s3://.",
+                remedy=remedy,
             ) from error
 
     def read(self, key: str, limit: int) -> bytes | None:

@@ -52,7 +52,7 @@ def current_token() -> str | None:
         return None
     failures: tuple[type[Exception], ...] = (OIDCError, OSError, *transport_errors())
     try:
-        return get_token()
+        return _sendable(get_token())
     except failures as error:
         message = f"the token could not be read ({type(error).__name__})."
         raise HubError.of("token", message, remedy=_LOGIN) from error
@@ -70,7 +70,19 @@ def token_named(name: str) -> str | None:
     except (OSError, ValueError) as error:
         message = f"the stored tokens could not be read ({type(error).__name__})."
         raise HubError.of("token", message, remedy=_LOGIN) from error
-    return found if isinstance(found, str) and found else None
+    return _sendable(found) if isinstance(found, str) and found else None
+
+
+def _sendable(token: str | None) -> str | None:
+    """Returns a token that may stand in a header.
+
+    Raises:
+        HubError: it holds characters that no token has.
+    """
+    if token is not None and not (token.isascii() and token.isprintable()):
+        message = "the token holds characters that no token has."
+        raise HubError.of("token", message, remedy=_LOGIN)
+    return token
 
 
 def xet_is_on() -> bool:

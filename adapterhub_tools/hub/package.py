@@ -69,7 +69,7 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
             remedy="Put the file into a folder of its own, with its config, and give the folder.",
         )
     validate(adapter, accept_embeddings=True).raise_for_problems()
-    manifest, notes = _complete_manifest(adapter, write)
+    manifest, notes, is_new = _complete_manifest(adapter, write)
     names = tuple(_walk(adapter))
     absent = [name for name in include if name not in names]
     if absent:
@@ -88,6 +88,9 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
         unchanged = (adapter / MANIFEST_NAME).exists() and sent == manifest
         data = (adapter / MANIFEST_NAME).read_bytes() if unchanged else sent.to_bytes()
         _check_signatures(opened, unchanged)
+        if is_new and write:
+            # Only now: one that a refused push left behind would not describe what is corrected after it.
+            write_manifest(adapter, manifest, replace=False)
         known = {file.path: file.sha256 for file in sent.files}
         files = [
             _outgoing(name, source, known.get(name)) for name, source in opened.items() if name != CARD_NAME
@@ -116,15 +119,13 @@ def outgoing_bytes(path: str, data: bytes) -> Outgoing:
     )
 
 
-def _complete_manifest(adapter: Path, write: bool) -> tuple[Manifest, tuple[str, ...]]:
-    """Returns the manifest of the folder; one that is missing is made, and written if allowed."""
+def _complete_manifest(adapter: Path, write: bool) -> tuple[Manifest, tuple[str, ...], bool]:
+    """Returns the manifest of the folder, or one made for it; what to say of that; whether it is new."""
     if (adapter / MANIFEST_NAME).exists():
-        return load_manifest(adapter), ()
+        return load_manifest(adapter), (), False
     manifest, notes = new_manifest(adapter)
-    if not write:
-        return manifest, (*notes, f"{MANIFEST_NAME} would be written into the folder")
-    write_manifest(adapter, manifest, replace=False)
-    return manifest, (*notes, f"{MANIFEST_NAME} was written into the folder")
+    done = "was" if write else "would be"
+    return manifest, (*notes, f"{MANIFEST_NAME} {done} written into the folder"), True
 
 
 def _walk(root: Path, below: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ from adapterhub_tools.errors import FormatError, HubError, escape
 from adapterhub_tools.hub import card
 from adapterhub_tools.hub.package import Package, open_package, outgoing_bytes
 from adapterhub_tools.hub.patience import TransientError, patiently
-from adapterhub_tools.hub.reference import HubReference, check_revision
+from adapterhub_tools.hub.reference import HubReference, check_revision, is_commit
 from adapterhub_tools.hub.repository import DEFAULT_BRANCH, Commit, Repository
 from adapterhub_tools.hub.selection import CARD_NAME
 from adapterhub_tools.hub.settle import find_commit
@@ -165,8 +165,12 @@ def push_to_hub(
             "revision", "the revision is given twice.", loc="--revision", remedy="Give it once."
         )
     branch = check_revision(revision or reference.revision or DEFAULT_BRANCH)
-    if tag is not None:
-        check_revision(tag)
+    if is_commit(branch):
+        message = f"{branch} is a commit, and commits do not change."
+        raise FormatError.of("revision", message, loc="--revision", remedy="Name a branch.")
+    if tag is not None and (is_commit(check_revision(tag)) or tag == branch):
+        message = f"{escape(tag)} would be taken for a commit or for the branch."
+        raise FormatError.of("tag", message, loc="--tag", remedy="Choose a name such as v1.0.")
     if "/" not in reference.id:
         raise FormatError.of("reference", f"{escape(reference.id)} has no owner.", remedy="Write owner/name.")
     with open_package(adapter, include=include, write=not dry_run) as package:

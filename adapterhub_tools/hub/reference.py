@@ -17,6 +17,7 @@ HUB_SCHEME = "hf"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
 _REFS = re.compile(r"refs/(?:pr/[0-9]{1,9}|convert/[A-Za-z0-9._-]{1,60})")
 _REMEDY = "Write hf://owner/name, hf://owner/name@revision, or hf://owner/name@revision/folder."
 _VERSION = re.compile(r"sha256:[0-9a-f]{64}|[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -87,6 +88,8 @@ def parse_reference(text: str, *, registry: str | None = None) -> Reference:
         return _hub(text, text)
     if found[1].lower() == HUB_SCHEME:
         return _hub(text[found.end() :], text)
+    if found[1].lower() in ("http", "https"):
+        raise _refused(text, "the address of a web page is not a reference")
     return _registry(text, text)
 
 
@@ -117,7 +120,7 @@ def check_revision(revision: str, text: str = "") -> str:
     Raises:
         FormatError: it is hostile or no git name.
     """
-    if _COMMIT.fullmatch(revision) or _REFS.fullmatch(revision):
+    if is_commit(revision) or _REFS.fullmatch(revision):
         return revision
     parts = revision.split("/")
     wrong = (
@@ -131,6 +134,11 @@ def check_revision(revision: str, text: str = "") -> str:
     if wrong:
         raise _refused(text or revision, f"the revision {escape(revision)!r} is not a git name")
     return revision
+
+
+def is_commit(revision: str) -> bool:
+    """Returns whether a revision is the id of a commit, and so can name nothing else."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def check_id(id: str, text: str = "") -> str:
@@ -206,4 +214,5 @@ def _root(url: str, text: str) -> str:
 
 
 def _refused(text: str, reason: str) -> FormatError:
-    return FormatError.of("reference", f"{escape(text)!r}: {reason}.", remedy=_REMEDY)
+    shown = escape(_USER_INFO.sub("…", text))
+    return FormatError.of("reference", f"{shown!r}: {reason}.", remedy=_REMEDY)

@@ -9,6 +9,7 @@ For a local path nothing else of this package is loaded.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -18,8 +19,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterhub_tools.errors import UnsupportedError, escape
-from adapterhub_tools.hub.reference import HubReference, is_remote
+from adapterhub_tools.errors import FormatError, StoreError, UnsupportedError, escape
+from adapterhub_tools.hub.reference import HubReference, check_id, is_remote
 
 if TYPE_CHECKING:
     from adapterhub_tools.hub.snapshot import HubSnapshot
@@ -40,7 +41,7 @@ def adapter_folder(reference: Given) -> Iterator[Path]:
     """
     text = fspath(reference)
     if not is_remote(text):
-        yield Path(text)
+        yield _local(text)
         return
     from adapterhub_tools.hub.pull import pull
     from adapterhub_tools.hub.transfer import open_snapshot, parse
@@ -62,7 +63,7 @@ def base_files(reference: Given) -> Iterator[Path | Checkpoint]:
     """
     text = fspath(reference)
     if not is_remote(text):
-        yield Path(text)
+        yield _local(text)
         return
     from adapterhub_tools.hub.remote_folder import stream_base
 
@@ -80,7 +81,7 @@ def base_folder(reference: Given) -> Iterator[Path]:
     """
     text = fspath(reference)
     if not is_remote(text):
-        yield Path(text)
+        yield _local(text)
         return
     from adapterhub_tools.hub.base_pull import pull_base
 
@@ -100,7 +101,7 @@ def described(reference: Given) -> Iterator[Path | Checkpoint | AdapterFiles]:
     """
     text = fspath(reference)
     if not is_remote(text):
-        yield Path(text)
+        yield _local(text)
         return
     from adapterhub_tools.hub.remote_folder import describe_adapter, describe_base, is_adapter
     from adapterhub_tools.hub.snapshot import HubSnapshot
@@ -158,7 +159,7 @@ def scanned(reference: Given) -> Listing:
 
     text = fspath(reference)
     if not is_remote(text):
-        return list_files(Path(text))
+        return list_files(_local(text))
     from adapterhub_tools.hub.scan_remote import remote_listing
     from adapterhub_tools.hub.transfer import open_snapshot, parse
 
@@ -180,6 +181,23 @@ def streamed_note(reference: Given, dry_run: bool) -> tuple[str, ...]:
     if not is_remote(text) or dry_run:
         return ()
     return (f"the base was streamed from {escape(text)}; each file had the digest that the commit names",)
+
+
+def _local(text: str) -> Path:
+    """Returns the path; one that is not there, but could be an id of the Hub, is refused with that remedy."""
+    path = Path(text)
+    if text.count("/") == 1 and not os.path.lexists(path):
+        try:
+            id = check_id(text)
+        except FormatError:
+            return path
+        raise StoreError.of(
+            "not-found",
+            "there is nothing at this path.",
+            file=text,
+            remedy=f"Check the path; what lies on the Hub is written hf://{id}.",
+        )
+    return path
 
 
 def _on_hub(text: str) -> HubSnapshot:

@@ -200,7 +200,10 @@ class Transport:
             return "not-found", missing
         return {
             400: ("bad-request", "The server does not accept it; update adaptertool, or check the endpoint."),
-            401: ("unauthorized", missing.replace("Check the repository's name; if", "If")),
+            401: (
+                "unauthorized",
+                missing if self.endpoint.token is None else f"The token may be wrong or expired. {missing}",
+            ),
             403: ("forbidden", "Use a token that has write access to this repository."),
             409: ("conflict", "Pull, look at what changed, and push again."),
             412: ("conflict", "Someone else changed the repository; pull, then push again."),

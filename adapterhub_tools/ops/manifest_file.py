@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapterhub_tools.errors import FormatError, Problem, StoreError, escape
-from adapterhub_tools.model.manifest import MANIFEST_NAME, FileRecord, Manifest, is_listed
+from adapterhub_tools.model.manifest import MANIFEST_NAME, FileRecord, Manifest, is_listed, path_problem
 from adapterhub_tools.store.digest import file_sha256
 from adapterhub_tools.store.files import is_folder, resolve_inside, store_error
 from adapterhub_tools.store.strict_json import read_json
@@ -88,10 +88,24 @@ def record_files(root: Path) -> tuple[FileRecord, ...]:
     """Returns the records of all files that a manifest of this folder lists.
 
     Raises:
-        FormatError: one is not a regular file, or a link leads out of the folder.
+        FormatError: one is not a regular file, a link leads out of the folder, or a name may not stand in a
+            manifest.
         StoreError: one cannot be read.
     """
-    return tuple(_record(root, path) for path in list_files(root))
+    paths = list_files(root)
+    problems = [
+        Problem(
+            kind="file-name",
+            message=f"its name {reason}; no manifest can list it.",
+            file=escape(path),
+            remedy="Rename or remove the file.",
+        )
+        for path in paths
+        if (reason := path_problem(path) or _encoding_problem(path))
+    ]
+    if problems:
+        raise FormatError(*problems)
+    return tuple(_record(root, path) for path in paths)
 
 
 def file_problems(root: Path, records: tuple[FileRecord, ...]) -> Iterator[Problem]:
@@ -127,6 +141,14 @@ def file_problem(kind: str, message: str, path: str) -> Problem:
         "Get the adapter again from its source, or run `adaptertool init --replace` if the change is yours."
     )
     return Problem(kind=kind, message=message, file=escape(path), remedy=remedy)
+
+
+def _encoding_problem(path: str) -> str:
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return ""
 
 
 def _record(root: Path, path: str) -> FileRecord:

@@ -1,0 +1,126 @@
+"""What people do wrong at first, and what they are told: names, tokens, tags, files that a push refuses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapterhub_tools as at
+from tests.hub.forked_client import ForkedClient, Ran
+from tests.hub.hub_process import HubServer
+from tests.hub.small_adapter import write_adapter
+from tests.tiny_files import make_adapter, make_base
+
+TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ2" * 2
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter")
+
+
+def done(ran: Ran) -> Any:
+    assert ran.code == 0, ran.err or ran.out
+    return ran.json
+
+
+def refused(ran: Ran, code: int, kind: str) -> str:
+    assert ran.code == code, (ran.code, ran.out, ran.err)
+    problem = ran.json["problems"][0]
+    assert problem["kind"] == kind, problem
+    return str(problem["remedy"])
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json"])
+def test_a_refused_push_leaves_no_manifest_and_the_corrected_folder_goes(
+    hub_server: HubServer, client: ForkedClient, adapter: Path, name: str
+) -> None:
+    repo = hub_server.repo_name("corrected")
+    (adapter / name).write_text(f'{{"key": "{TOKEN}"}}')
+    refused(client.run("push", adapter, f"hf://{repo}", "--json"), 3, "secret")
+    assert not (adapter / "adapter_manifest.json").exists()
+    (adapter / name).write_text("{}")
+    done(client.run("push", adapter, f"hf://{repo}", "--json"))
+    assert hub_server.files(repo)["adapter_manifest.json"] == (adapter / "adapter_manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", [b"new\nline.txt", b"\xff.txt", b"back\\slash.txt"])
+def test_a_name_that_no_manifest_can_list_is_refused_before_one_is_written(
+    hub_server: HubServer, client: ForkedClient, adapter: Path, name: bytes
+) -> None:
+    place = adapter / os.fsdecode(name)
+    place.write_text("x")
+    repo = hub_server.repo_name("names")
+    assert "Rename" in refused(client.run("push", adapter, f"hf://{repo}", "--json"), 3, "file-name")
+    assert not (adapter / "adapter_manifest.json").exists()
+    with pytest.raises(at.FormatError):
+        at.init(adapter)
+    place.unlink()
+    done(client.run("push", adapter, f"hf://{repo}", "--json"))
+
+
+def test_a_token_that_cannot_be_one_is_refused_and_not_shown(
+    hub_server: HubServer, client: ForkedClient, adapter: Path
+) -> None:
+    ran = client.run("push", adapter, "hf://me/x", "--json", HF_TOKEN="hf_äöüsecret")
+    assert "HF_TOKEN" in refused(ran, 9, "token")
+    assert "secret" not in ran.out + ran.err
+    assert hub_server.requests() == []
+
+
+def test_an_expired_token_is_named_as_such(
+    hub_server: HubServer, client: ForkedClient, adapter: Path, tmp_path: Path
+) -> None:
+    repo = hub_server.repo_name("expired")
+    done(client.run("push", adapter, f"hf://{repo}", "--json"))
+    ran = client.run("pull", f"hf://{repo}", tmp_path / "o", "--json", HF_TOKEN=hub_server.tokens["expired"])
+    assert "expired" in refused(ran, 9, "unauthorized")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (("--revision", "a" * 40), "revision"),
+        (("--tag", "main"), "tag"),
+        (("--tag", "b" * 40), "tag"),
+        (("--revision", "dev", "--tag", "dev"), "tag"),
+    ],
+)
+def test_names_that_would_be_taken_for_something_else(
+    hub_server: HubServer, client: ForkedClient, adapter: Path, options: tuple[str, ...], kind: str
+) -> None:
+    refused(client.run("push", adapter, "hf://alice/never", "--json", *options), 3, kind)
+    assert hub_server.requests() == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "validate", "scan"])
+def test_an_id_where_a_path_is_wanted_is_answered_with_its_reference(
+    client: ForkedClient, tmp_path: Path, command: str
+) -> None:
+    ran = client.run(command, "someone/adapter", "--json")
+    assert ran.code in (8, 10), ran.out
+    assert "hf://someone/adapter" in ran.out
+
+
+def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path: Path) -> None:
+    address = f"https://me:{TOKEN}@huggingface.co/me/x"
+    for arguments in (("pull", address, tmp_path / "o"), ("inspect", address), ("list", address)):
+        ran = client.run(*arguments, "--json")
+        assert "hf://owner/name" in refused(ran, 3, "reference")
+        assert TOKEN not in ran.out + ran.err
+
+
+def test_a_base_that_no_digest_vouches_for_is_said_to_fit_only(
+    hub_server: HubServer, client: ForkedClient, tmp_path: Path
+) -> None:
+    repo = hub_server.repo_name("fits")
+    done(client.run("push", make_adapter(tmp_path / "a"), f"hf://{repo}", "--json"))
+    base = make_base(tmp_path / "base")
+    report = done(client.run("pull", f"hf://{repo}", tmp_path / "o", "--base", base, "--json"))
+    assert report["base"].startswith("checked by names and shapes only")
+    found = done(client.run("validate", tmp_path / "o", "--base", base, "--json"))
+    assert "base digest" not in found["checked"]
+    assert "base digest" in found["skipped"]
