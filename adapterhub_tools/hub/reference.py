@@ -157,6 +157,15 @@ def check_id(id: str, text: str = "") -> str:
     return id
 
 
+def is_id(id: str) -> bool:
+    """Returns whether a text is a repository id that may be part of a URL."""
+    try:
+        check_id(id)
+    except FormatError:
+        return False
+    return True
+
+
 def _hub(rest: str, text: str) -> HubReference:
     """Reads what stands after ``hf://``; a revision ends at the next slash, unless it is ``refs/…``."""
     head, at, tail = rest.partition("@")

@@ -19,8 +19,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterhub_tools.errors import FormatError, StoreError, UnsupportedError, escape
-from adapterhub_tools.hub.reference import HubReference, check_id, is_remote
+from adapterhub_tools.errors import StoreError, UnsupportedError, escape
+from adapterhub_tools.hub.reference import HubReference, is_id, is_remote
 
 if TYPE_CHECKING:
     from adapterhub_tools.hub.snapshot import HubSnapshot
@@ -186,16 +186,12 @@ def streamed_note(reference: Given, dry_run: bool) -> tuple[str, ...]:
 def _local(text: str) -> Path:
     """Returns the path; one that is not there, but could be an id of the Hub, is refused with that remedy."""
     path = Path(text)
-    if text.count("/") == 1 and not os.path.lexists(path):
-        try:
-            id = check_id(text)
-        except FormatError:
-            return path
+    if "/" in text and is_id(text) and not os.path.lexists(path):
         raise StoreError.of(
             "not-found",
             "there is nothing at this path.",
             file=text,
-            remedy=f"Check the path; what lies on the Hub is written hf://{id}.",
+            remedy=f"Check the path; what lies on the Hub is written hf://{text}.",
         )
     return path
 

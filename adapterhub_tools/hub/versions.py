@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from adapterhub_tools.errors import FormatError, HubError, StoreError, UnsupportedVersionError, escape
-from adapterhub_tools.hub.reference import RegistryReference, check_id
+from adapterhub_tools.hub.reference import RegistryReference, check_id, is_id
 from adapterhub_tools.hub.trees import RemoteFile
 from adapterhub_tools.hub.upload import Outgoing
 from adapterhub_tools.model.canonical import canonical_json
@@ -34,6 +34,7 @@ LAYOUT = "adaptertool-registry"
 MAX_RECORD_BYTES = 16 << 20
 _ATTEMPTS = 100
 _NUMBER = re.compile(r"(\d{8})\.json")
+_TAG = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127})\.json")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -163,11 +164,12 @@ class Registry:
         self.check()
 
     def names(self) -> tuple[str, ...]:
-        """Returns the adapters, ``"owner/name"``, sorted."""
+        """Returns the adapters, ``"owner/name"``, sorted; what file managers leave is passed over."""
         return tuple(
             f"{owner}/{name}"
             for owner in self.objects.names("adapters")
             for name in self.objects.names(f"adapters/{owner}")
+            if is_id(f"{owner}/{name}")
         )
 
     def numbers(self, name: str) -> tuple[int, ...]:
@@ -190,10 +192,8 @@ class Registry:
 
     def tags(self, name: str) -> dict[str, str]:
         """Returns tag -> version id."""
-        return {
-            entry.removesuffix(".json"): self._tagged(name, entry.removesuffix(".json"))[0]
-            for entry in self.objects.names(f"{_home(name)}/tags")
-        }
+        found = (_TAG.fullmatch(entry) for entry in self.objects.names(f"{_home(name)}/tags"))
+        return {match[1]: self._tagged(name, match[1])[0] for match in found if match}
 
     def find(self, reference: RegistryReference) -> Version:
         """Returns the version that a reference names.

@@ -113,6 +113,17 @@ def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path:
         assert TOKEN not in ran.out + ran.err
 
 
+def test_what_a_file_manager_leaves_in_a_registry_is_passed_over(adapter: Path, tmp_path: Path) -> None:
+    url = (tmp_path / "registry").as_uri()
+    at.push(adapter, f"{url}/team/a", tag="v1")
+    home = tmp_path / "registry" / "adapters"
+    for folder in (home, home / "team", home / "team" / "a", home / "team/a/versions", home / "team/a/tags"):
+        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (home / "team/a/tags/v1.json~").write_text("an editor's copy")
+    assert [(found.name, found.tags) for found in at.list_adapters(url).adapters] == [("team/a", ("v1",))]
+    assert [found.tags for found in at.list_adapters(f"{url}/team/a").versions] == [("v1",)]
+
+
 def test_a_base_that_no_digest_vouches_for_is_said_to_fit_only(
     hub_server: HubServer, client: ForkedClient, tmp_path: Path
 ) -> None:
