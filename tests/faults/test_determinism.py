@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import adapterhub_tools as at
 from adapterhub_tools.engine import run as engine
 from adapterhub_tools.linalg import rounding
+from adapterhub_tools.linalg.single import SingleSum
 from adapterhub_tools.store import writer
 from tests.faults.outputs import Tree, check_receipt, tree_of
 from tests.faults.small_model import make_adapter, make_base
@@ -28,17 +30,22 @@ class Sizes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
         self.blocks = self.writes = 0
-        round_block, write = rounding.BlockRounder._round_block, writer.RangeWriter.write
+        write = writer.RangeWriter.write
 
-        def counted_block(*args: object) -> None:
-            self.blocks += 1
-            round_block(*args)  # type: ignore[arg-type]
+        def counted(evaluate: Callable[..., None]) -> Callable[..., None]:
+            def counted_block(*args: object) -> None:
+                self.blocks += 1
+                evaluate(*args)
+
+            return counted_block
 
         def counted_write(*args: object) -> None:
             self.writes += 1
             write(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(rounding.BlockRounder, "_round_block", counted_block)
+        # A block is evaluated in binary32 first where the result has 16 bits, else in binary64.
+        for kind, name in ((SingleSum, "delta"), (rounding.BlockRounder, "_round_block")):
+            monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
         monkeypatch.setattr(writer.RangeWriter, "write", counted_write)
 
     def set(self, elements: int, nbytes: int) -> None:
