@@ -16,6 +16,7 @@ from adapterhub_tools.hub.push import PushReport, push_to_hub
 from adapterhub_tools.hub.reference import (
     HubReference,
     Reference,
+    RegistryReference,
     is_remote,
     parse_reference,
     parse_registry,
@@ -92,6 +93,22 @@ def pull(
     return provide_base(report, out, base, dry_run=dry_run, progress=progress)
 
 
+def _is_registry(root: str) -> bool:
+    from adapterhub_tools.hub.registry_transfer import open_registry
+    from adapterhub_tools.hub.versions import MARKER, MAX_RECORD_BYTES
+
+    return open_registry(root).objects.read(MARKER, MAX_RECORD_BYTES) is not None
+
+
+def _may_be_adapter(url: str) -> bool:
+    """Returns whether what stands before the last two parts of a URL is a registry."""
+    try:
+        reference = parse(url)
+    except FormatError:
+        return False
+    return isinstance(reference, RegistryReference) and _is_registry(reference.root)
+
+
 def list_adapters(ref: str | None) -> ListReport:
     """Lists a registry, or the versions of one adapter.
 
@@ -113,11 +130,8 @@ def list_adapters(ref: str | None) -> ListReport:
         return list_registry(parse_registry(registry))
     if is_remote(ref) and not ref.lower().startswith("hf://"):
         whole = parse_registry(ref)
-        from adapterhub_tools.hub.registry_transfer import open_registry
-        from adapterhub_tools.hub.versions import MARKER, MAX_RECORD_BYTES
-
-        if "@" not in ref and open_registry(whole.root).objects.read(MARKER, MAX_RECORD_BYTES) is not None:
-            return list_registry(whole)
+        if "@" not in ref and (_is_registry(whole.root) or not _may_be_adapter(ref)):
+            return list_registry(whole)  # which says so where there is none
     try:
         return list_versions(parse(ref))
     except FormatError as error:

@@ -113,6 +113,16 @@ def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path:
         assert TOKEN not in ran.out + ran.err
 
 
+def test_a_place_that_is_no_registry_is_named_as_it_was_given(adapter: Path, tmp_path: Path) -> None:
+    at.push(adapter, f"{(tmp_path / 'registry').as_uri()}/team/a")
+    for place in ("nowhere", "adapter", "registry/team"):
+        with pytest.raises(at.StoreError, match="no registry") as caught:
+            at.list_adapters((tmp_path / place).as_uri())
+        assert caught.value.problems[0].file == (tmp_path / place).as_uri()
+    with pytest.raises(at.HubError, match="team/b"):
+        at.list_adapters((tmp_path / "registry/team/b").as_uri())
+
+
 def test_what_a_file_manager_leaves_in_a_registry_is_passed_over(adapter: Path, tmp_path: Path) -> None:
     url = (tmp_path / "registry").as_uri()
     at.push(adapter, f"{url}/team/a", tag="v1")
