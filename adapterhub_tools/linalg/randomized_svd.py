@@ -28,6 +28,10 @@ OVERSAMPLING = 10
 """Columns of the sketch beyond the rank; 5 to 10 suffice (arXiv:0909.4061, §1.3)."""
 SETTLED = 4e-3
 """A pass that lowers the squared error by less than this share of it is the last."""
+SINGLE_ABOVE = 1e-2
+"""Where the last asked singular value is at least this part of the first, passes are in binary32."""
+SINGLE_REST = 1e-4
+"""... and the squared error is at least this share of ‖D‖²: the energy lost is then 10^-9 of it or less."""
 MIN_PASSES = 2
 MAX_PASSES = 8
 """Passes before the last; 2 are three half steps of a power iteration more than a plain sketch."""
@@ -140,22 +144,28 @@ def randomized_svd(
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(columns, sketch, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(basis)[0]
-    total, caught = 0.0, -1.0
-    passes = 0
-    while passes < max_passes:
-        image = torch.zeros_like(basis)
-        total = 0.0
+    total, caught = squared_norm(source), -1.0
+    passes, dtype = 0, torch.float64
+    while passes < max_passes and total != 0.0:
+        # Transposed: BLAS is twice as fast with the long side last.
+        image_t = torch.zeros(sketch, columns, dtype=dtype)
+        turned = basis.to(dtype)
         for _, block in source.blocks():
-            total += float(block.square().sum())
-            image.addmm_(block.t(), block @ basis)
+            part = block.to(dtype)
+            image_t.addmm_((part @ turned).t(), part)
         passes += 1
-        if total == 0.0:
-            break
+        image = image_t.t().double()
         # The eigenvalues of GᵀDᵀDG are the squared singular values of D·G: what this basis has caught.
         gram = basis.t() @ image
-        now = float(torch.linalg.eigvalsh((gram + gram.t()) / 2)[-rank:].clamp(min=0.0).sum())
+        values = torch.linalg.eigvalsh((gram + gram.t()) / 2)[-rank:].clamp(min=0.0)
+        now = float(values.sum())
+        # Only directions are sought: binary32 finds them where none is much weaker than the first, and as
+        # well as it matters where the rest of D is larger by far than its rounding.
+        coarse = float(values[0]) > SINGLE_ABOVE**2 * float(values[-1]) and total - now > SINGLE_REST * total
+        fine_enough = coarse or dtype == torch.float64
+        dtype = torch.float32 if coarse else torch.float64
         basis = torch.linalg.qr(image)[0]
-        if passes > MIN_PASSES - 1 and now - caught <= SETTLED * max(total - now, 0.0):
+        if passes >= MIN_PASSES and fine_enough and now - caught <= SETTLED * max(total - now, 0.0):
             break
         caught = now
     projected = torch.empty(rows, sketch, dtype=torch.float64)

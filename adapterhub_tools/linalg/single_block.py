@@ -100,12 +100,12 @@ class SingleBlock:
             The bits of the results, and which of them are still open.
         """
         computed, errors = self._expression.double_at(rows, columns, start)
-        # Half a unit of binary32 more: the ends are rounded to it on the way.
+        # Half a unit of binary32 more: the ends are rounded to it on the way. And never nothing, so that the
+        # ends around a zero differ in sign: which zero it is, only the exact evaluation knows.
         errors = (errors + np.abs(computed) * 2.0**-23) * (1 + 2.0**-20) + 2.0**-148
         ends = torch.from_numpy(np.stack([computed - errors, computed + errors]))
         lower, upper = ends.float().to(getattr(torch, self._to.torch_name)).view(torch.int16).numpy()
-        # A zero has a sign of its own, which only the exact evaluation knows.
-        return lower, np.flatnonzero((lower != upper) | (start == 0))
+        return lower, np.flatnonzero(lower != upper)
 
 
 def _places(flags: npt.NDArray[np.bool_]) -> IntArray:
