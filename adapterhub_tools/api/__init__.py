@@ -8,7 +8,7 @@ returned as a report that knows its own JSON, and what is wrong is raised as a s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.api.combining import combine_adapters
@@ -18,6 +18,7 @@ from adapterhub_tools.api.paths import Reference, local_path, optional_path
 from adapterhub_tools.api.proof import sign, unmerge, verify
 from adapterhub_tools.api.safety import scan
 from adapterhub_tools.api.serving import fit
+from adapterhub_tools.errors import AdapterError
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.manifest import Manifest
@@ -97,9 +98,11 @@ def validate(
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import validate as op
 
-    with resolve.adapter_folder(adapter) as folder, resolve.optional_base(base) as opened_base:
+    with resolve.adapter_or_refusal(adapter) as found, resolve.optional_base(base) as opened_base:
+        if isinstance(found, AdapterError):
+            return op.refused(fspath(adapter), found)
         report = op.validate(
-            folder,
+            found,
             base=opened_base,
             check_base=check_base,
             accept_embeddings=accept_embeddings,

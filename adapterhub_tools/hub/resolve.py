@@ -19,7 +19,14 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterhub_tools.errors import StoreError, UnsupportedError, escape
+from adapterhub_tools.errors import (
+    AdapterError,
+    FormatError,
+    IntegrityError,
+    StoreError,
+    UnsupportedError,
+    escape,
+)
 from adapterhub_tools.hub.reference import HubReference, is_id, is_remote
 
 if TYPE_CHECKING:
@@ -39,6 +46,19 @@ def adapter_folder(reference: Given) -> Iterator[Path]:
     Raises:
         AdapterError: it cannot be had; see ``hub.pull.pull``.
     """
+    with adapter_or_refusal(reference) as found:
+        if isinstance(found, AdapterError):
+            raise found
+        yield found
+
+
+@contextmanager
+def adapter_or_refusal(reference: Given) -> Iterator[Path | AdapterError]:
+    """Yields what ``adapter_folder`` does, or why what is there was refused, for who reports problems.
+
+    Raises:
+        AdapterError: the reference is none, or nothing could be had.
+    """
     text = fspath(reference)
     if not is_remote(text):
         yield _local(text)
@@ -50,8 +70,12 @@ def adapter_folder(reference: Given) -> Iterator[Path]:
     with _scratch() as scratch:
         # The name of the folder is what reports and notes call the adapter.
         folder = scratch / (text.split("@")[0].rstrip("/").rpartition("/")[2] or "adapter")
-        pull(snapshot, folder, follow_chain=False)
-        yield folder
+        found: Path | AdapterError = folder
+        try:
+            pull(snapshot, folder, follow_chain=False)
+        except (FormatError, IntegrityError, UnsupportedError) as error:
+            found = error
+        yield found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub_tools.errors import (
+    AdapterError,
     FormatError,
     IntegrityError,
     Problem,
@@ -116,6 +117,19 @@ def _check_manifest(adapter: Path, found: Collector) -> Manifest | None:
         return None
     found.add(FormatError, check(data, SCHEMA_NAME, MANIFEST_NAME))
     return manifest
+
+
+def refused(path: str, error: AdapterError) -> ValidationReport:
+    """Returns the report on an adapter whose content was refused before it could be opened as a folder.
+
+    Args:
+        path: the adapter, as given.
+        error: why.
+    """
+    found = Collector()
+    found.add(type(error), error.problems)
+    found.skip("content", "it was refused while it was pulled")
+    return found.report(path)
 
 
 def _check_content(files: AdapterFiles, found: Collector, accept_embeddings: bool) -> Adapter | None:

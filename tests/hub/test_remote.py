@@ -114,6 +114,25 @@ def test_validate_checks_all_of_a_remote_adapter(
     assert {problem["kind"] for problem in ran.json["problems"]} == {"non-finite"}
 
 
+def test_a_refused_adapter_is_a_finding_and_the_others_are_checked_all_the_same(
+    hub_server: HubServer, client: ForkedClient, tmp_path: Path
+) -> None:
+    good = write_adapter(tmp_path / "good")
+    done(client.run("init", good, "--json"))
+    bad = write_adapter(tmp_path / "bad", seed=2)
+    (bad / "adapter_manifest.json").write_bytes((good / "adapter_manifest.json").read_bytes())
+    reference = f"hf://{seed_folder(hub_server, bad)}"
+    ran = client.run("validate", reference, good, "--json")
+    assert ran.code == 1, ran.err
+    refused, sound = ran.json["adapters"]
+    assert (refused["path"], refused["checked"]) == (reference, [])
+    assert {problem["error"] for problem in refused["problems"]} == {"IntegrityError"}
+    assert sound["ok"]
+    sarif = client.run("validate", reference, good, "--format", "sarif")
+    assert sarif.code == 1
+    assert sarif.json["runs"][0]["results"]
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_base_that_streams_gives_the_same_bytes(
     hub_server: HubServer, client: ForkedClient, tmp_path: Path, shards: int
