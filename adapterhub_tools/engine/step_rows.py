@@ -43,7 +43,9 @@ class StepRows:
         self._step, self._device = step, device
         self._source = open_source(step.start.uri)
         self._expression = formula(step, open_source)
-        self.rows, self.columns = matrix_shape(step.start.spec.shape)
+        rows, columns = matrix_shape(step.start.spec.shape)
+        self.rows: int = rows
+        self.columns: int = columns
         self.rows_at_once: int = max(1, _PIECE_ELEMENTS // max(1, self.columns))
         self._start_dtype = torch_dtype(step.start.spec.dtype)
         self._out_dtype = torch_dtype(step.output.dtype)

@@ -87,7 +87,7 @@ class ScaledPredictor:
         self, inverse: LineInverse, *, rows: int, columns: int, base: str, device: str = "cpu"
     ) -> None:
         """Makes the rounder, with its buffers."""
-        self.by_row = inverse.by_row
+        self.by_row: bool = inverse.by_row
         # The product of a merged value and a gain is exact in binary64, so the sum starts from it.
         self._rounder = BlockRounder(
             DeltaSum(() if inverse.delta is None else (inverse.delta,), rows),

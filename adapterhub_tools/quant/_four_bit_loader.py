@@ -48,8 +48,8 @@ class FourBitLoader:
         self._rows, self._columns = (shape[0], prod(shape[1:])) if shape else (1, 1)
         along = self._rows if transposed else self._columns
         self._even = along % self._size == 0
-        self.needs_pass = scheme.double or not (self._even or transposed)
-        self.row_unit = 1 if not transposed else (self._size if self._even else max(1, self._rows))
+        self.needs_pass: bool = scheme.double or not (self._even or transposed)
+        self.row_unit: int = 1 if not transposed else (self._size if self._even else max(1, self._rows))
         blocks = -(-self._rows * self._columns // self._size)
         self._own = torch.zeros(blocks if self.needs_pass else 0)
         self._used = self._own
