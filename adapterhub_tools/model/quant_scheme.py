@@ -128,17 +128,19 @@ class QuantScheme:
         name = name.removeprefix(_LIBRARY)
         if name not in FORMAT_BITS:
             raise unknown_scheme(text)
-        double, size = False, None if name == "int8" else DEFAULT_BLOCK_SIZE
+        double, size = False, None
         for word in words:
-            if name != "int8" and word == "double":
+            if name != "int8" and word == "double" and not double:
                 double = True
-            elif name != "int8" and word.isdecimal() and int(word) in BLOCK_SIZES:
+            elif name != "int8" and word.isdecimal() and int(word) in BLOCK_SIZES and size is None:
                 size = int(word)
             else:
                 sizes = ", ".join(map(str, BLOCK_SIZES))
-                message = f"{escape(repr(word))} says nothing about {name}."
+                message = f"{escape(repr(word))} says nothing about {name}, or for the second time."
                 remedy = f"Give 'double' or a block size ({sizes}) after nf4 or fp4; int8 has neither."
                 raise UnsupportedError.of("unknown-scheme", message, loc=text, remedy=remedy)
+        if name != "int8" and size is None:
+            size = DEFAULT_BLOCK_SIZE
         return cls(
             format=name, double=double, block_size=size, compute_dtype=_compute_dtype(compute_dtype, text)
         )

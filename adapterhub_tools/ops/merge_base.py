@@ -223,8 +223,18 @@ def _loaded(
         checkpoint=loaded_view(checkpoint, scheme, found.weights, compute),
         weights={},
         parts=parts,
-        notes=(found.note,),
+        notes=(found.note, *(() if asked is not None else _undeclared(opened, scheme))),
     )
+
+
+def _undeclared(opened: Sequence[OpenedAdapter], scheme: QuantScheme) -> list[str]:
+    """Returns a remark on each adapter that is merged onto a scheme which only others declare."""
+    return [
+        f"{item.files.root.name} declares no quantisation of its base; it is merged with the others, onto "
+        f"{scheme.words} weights"
+        for item in opened
+        if item.manifest is None or item.manifest.base.quantisation is None
+    ]
 
 
 def _compute_dtype(options: MergeOptions, asked: QuantScheme | None) -> str | None:

@@ -66,11 +66,18 @@ def open_undo(folder: Path, receipt: Receipt) -> Iterator[OpenedUndo]:
     path = folder / UNDO_FILE
     if receipt.undo is None or not path.is_file():
         why = "the receipt names none" if receipt.undo is None else "the file is missing"
+        # Merges onto quantised weights have no undo file (ops/merge_base.py).
+        onto = receipt.options.get("onto")
+        close = "come close with --approximate."
+        remedies = {
+            "quantized": "Use the base itself.",
+            "dequantized": f"Use the base itself; or, to its dequantised weights, {close}",
+        }
         raise FormatError.of(
             "no-undo",
             f"this merge cannot be undone exactly: {why}.",
             file=UNDO_FILE,
-            remedy="Merge with --undo; or come close with --approximate.",
+            remedy=remedies.get(str(onto), f"Merge with --undo; or {close}"),
         )
     with LocalFile(resolve_inside(folder, UNDO_FILE), name=UNDO_FILE) as source:
         _check_sha256(source, receipt.undo)

@@ -43,7 +43,8 @@ def approximate(
 
     Raises:
         LossyError: the merge replaced tensors; what was there before is gone.
-        UnsupportedError: one of the methods is not a sum, so that its delta cannot be subtracted.
+        UnsupportedError: one of the methods is not a sum, so that its delta cannot be subtracted; or the
+            merge wrote a quantised base.
     """
     _refuse(receipt)
     report = merge(
@@ -59,6 +60,7 @@ def approximate(
             dry_run=options.dry_run,
             check_base="off",
             accept_embeddings=True,
+            onto="original",  # the merged weights as they are, whatever the adapters were trained on
             combination=_negated(receipt.combination),
             approximates=receipt.digest,
         ),
@@ -83,6 +85,13 @@ def approximate(
 
 
 def _refuse(receipt: Receipt) -> None:
+    if receipt.options.get("onto") == "quantized":
+        raise UnsupportedError.of(
+            "undo-quantised",
+            "the merge quantised its weights again, in steps too wide for a difference to be taken back.",
+            loc="--approximate",
+            remedy="Use the base itself.",
+        )
     full = sum(adapter.full for adapter in receipt.adapters)
     if full:
         raise LossyError.of(

@@ -30,7 +30,19 @@ def test_what_a_user_types(text: str, expected: QuantScheme) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nf5", "gptq", "nf4,63", "nf4,triple", "int8,double", "int8,64", "nf4,"]
+    "text",
+    [
+        "",
+        "nf5",
+        "gptq",
+        "nf4,63",
+        "nf4,triple",
+        "int8,double",
+        "int8,64",
+        "nf4,",
+        "nf4,64,128",
+        "nf4,double,double",
+    ],
 )
 def test_what_nobody_can_mean(text: str) -> None:
     with pytest.raises(UnsupportedError) as raised:
