@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.api.paths import Reference, optional_path
@@ -141,22 +142,23 @@ def convert(
     from adapterhub_tools.ops import convert as op
     from adapterhub_tools.ops.convert_options import ConvertOptions
 
-    options = ConvertOptions(
-        to=to,
-        base=optional_path(base),
-        initial=optional_path(initial),
-        rank=rank,
-        max_error=max_error,
-        allow_lossy=allow_lossy,
-        fold_scale=fold_scale,
-        dtype=dtype,
-        seed=seed,
-        replace=replace,
-        allow_replace_gap=allow_replace_gap,
-        threads=threads,
-        dry_run=dry_run,
-    )
-    with resolve.adapter_folder(adapter) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(resolve.adapter_folder(adapter))
+        options = ConvertOptions(
+            to=to,
+            base=None if base is None else stack.enter_context(resolve.base_folder(base)),
+            initial=None if initial is None else stack.enter_context(resolve.adapter_folder(initial)),
+            rank=rank,
+            max_error=max_error,
+            allow_lossy=allow_lossy,
+            fold_scale=fold_scale,
+            dtype=dtype,
+            seed=seed,
+            replace=replace,
+            allow_replace_gap=allow_replace_gap,
+            threads=threads,
+            dry_run=dry_run,
+        )
         return op.convert(folder, optional_path(out), options, progress)
 
 

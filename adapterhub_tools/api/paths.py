@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike, fspath
 from pathlib import Path
 
 from adapterhub_tools.errors import UnsupportedError, escape
+
+_COLLAPSED = re.compile(r"(?:hf|s3|file|https?):/(?!/)")
+"""How a URL begins that became a ``Path``, which makes one slash of two."""
 
 Reference = str | PathLike[str]
 """A local path; where something is read, also a reference: ``"hf://owner/name@revision/folder"``."""
@@ -18,7 +22,7 @@ def local_path(reference: Reference) -> Path:
         UnsupportedError: it names something on another machine.
     """
     text = fspath(reference)
-    if "://" in text:
+    if "://" in text or _COLLAPSED.match(text):
         raise UnsupportedError.of(
             "remote-reference",
             f"{escape(text)!r} is not a local path.",

@@ -23,12 +23,12 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @click.option("--to", type=click.Choice(["lora", "dora"]), required=True, help="The method to write.")
 @click.option(
     "--base",
-    type=click.Path(path_type=Path, readable=False),
+    type=click.Path(readable=False),
     help="The base, where what the adapter does depends on it.",
 )
 @click.option(
     "--initial",
-    type=click.Path(path_type=Path, readable=False),
+    type=click.Path(readable=False),
     help="The adapter as saved before training, for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ.",
 )
 @click.option(
@@ -55,8 +55,8 @@ def command(
     adapter: str,
     out: Path,
     to: str,
-    base: Path | None,
-    initial: Path | None,
+    base: str | None,
+    initial: str | None,
     rank: str | None,
     max_error: float,
     allow_lossy: bool,

@@ -68,8 +68,7 @@ def adapter_or_refusal(reference: Given) -> Iterator[Path | AdapterError]:
 
     snapshot = open_snapshot(parse(text))
     with _scratch() as scratch:
-        # The name of the folder is what reports and notes call the adapter.
-        folder = scratch / (text.split("@")[0].rstrip("/").rpartition("/")[2] or "adapter")
+        folder = scratch / _short_name(text, "adapter")
         found: Path | AdapterError = folder
         try:
             pull(snapshot, folder, follow_chain=False)
@@ -93,7 +92,7 @@ def base_files(reference: Given) -> Iterator[Path | Checkpoint]:
 
     snapshot = _on_hub(text)
     with _scratch() as scratch, _pool() as pool:
-        yield stream_base(snapshot, scratch, pool)
+        yield stream_base(snapshot, _named_folder(scratch, text, "base"), pool)
 
 
 @contextmanager
@@ -111,7 +110,7 @@ def base_folder(reference: Given) -> Iterator[Path]:
 
     snapshot = _on_hub(text)
     with _scratch() as scratch:
-        folder = scratch / (text.split("@")[0].rstrip("/").rpartition("/")[2] or "base")
+        folder = scratch / _short_name(text, "base")
         pull_base(snapshot, folder)
         yield folder
 
@@ -138,9 +137,8 @@ def described(reference: Given) -> Iterator[Path | Checkpoint | AdapterFiles]:
         return
     snapshot = HubSnapshot(parsed)
     with _scratch() as scratch:
-        yield (
-            describe_adapter(snapshot, scratch) if is_adapter(snapshot) else describe_base(snapshot, scratch)
-        )
+        folder = _named_folder(scratch, text, "model")
+        yield describe_adapter(snapshot, folder) if is_adapter(snapshot) else describe_base(snapshot, folder)
 
 
 @contextmanager
@@ -232,6 +230,17 @@ def _on_hub(text: str) -> HubSnapshot:
             remedy="Give the base as a local folder or hf://owner/name.",
         )
     return HubSnapshot(reference)
+
+
+def _short_name(text: str, default: str) -> str:
+    """Returns the last part of a reference: what reports and messages call what lies there."""
+    return text.split("@")[0].rstrip("/").rpartition("/")[2] or default
+
+
+def _named_folder(scratch: Path, text: str, default: str) -> Path:
+    folder = scratch / _short_name(text, default)
+    folder.mkdir()
+    return folder
 
 
 @contextmanager

@@ -105,6 +105,31 @@ def test_an_id_where_a_path_is_wanted_is_answered_with_its_reference(
     assert "hf://someone/adapter" in ran.out
 
 
+@pytest.mark.parametrize("reference", ["hf://me/out", "s3://bucket/me/out"])
+def test_a_reference_where_something_is_written_is_named(
+    client: ForkedClient, adapter: Path, tmp_path: Path, reference: str
+) -> None:
+    base = make_base(tmp_path / "base")
+    for arguments in (("merge", base, make_adapter(tmp_path / "a"), reference), ("init", reference)):
+        refused(client.run(*arguments, "--json"), 4, "remote-reference")
+
+
+def test_convert_takes_a_remote_base_and_a_model_is_called_by_its_name(
+    hub_server: HubServer, client: ForkedClient, tmp_path: Path
+) -> None:
+    base, local = hub_server.repo_name("base"), make_base(tmp_path / "base")
+    hub_server.seed(base, {path.name: path.read_bytes() for path in local.iterdir()})
+    adapter = make_adapter(tmp_path / "a", base_model_name_or_path=base)
+    for given, out in ((f"hf://{base}", "remote"), (local, "local")):
+        done(client.run("convert", adapter, tmp_path / out, "--to", "dora", "--base", given, "--json"))
+    weights = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("remote", "local")]
+    assert weights[0] == weights[1]
+    repo = hub_server.repo_name("adapter")
+    hub_server.seed(repo, {path.name: path.read_bytes() for path in adapter.iterdir()})
+    ran = client.run("hash", f"hf://{repo}", "--json")
+    assert ran.json["problems"][0]["file"] == repo.partition("/")[2]
+
+
 def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path: Path) -> None:
     address = f"https://me:{TOKEN}@huggingface.co/me/x"
     for arguments in (("pull", address, tmp_path / "o"), ("inspect", address), ("list", address)):
