@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterhub_tools import registry
-from adapterhub_tools.errors import LossyError, UnsupportedError
+from adapterhub_tools.errors import IntegrityError, LossyError, UnsupportedError
 from adapterhub_tools.model.combination import CombinationChoice
 from adapterhub_tools.model.protocols import Progress
-from adapterhub_tools.model.receipt import Receipt
+from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt
 from adapterhub_tools.ops.merge import merge
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.module_kinds import is_additive
 from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
+from adapterhub_tools.store.digest import digest_checkpoint, root_digest, split_digest
 
 
 def approximate(
@@ -45,8 +46,10 @@ def approximate(
         LossyError: the merge replaced tensors; what was there before is gone.
         UnsupportedError: one of the methods is not a sum, so that its delta cannot be subtracted; or the
             merge wrote a quantised base.
+        IntegrityError: the merged model was changed after the merge.
     """
     _refuse(receipt)
+    _check_unchanged(merged, receipt, options)
     report = merge(
         merged,
         adapters,
@@ -108,6 +111,19 @@ def _refuse(receipt: Receipt) -> None:
                 loc="--approximate",
                 remedy="Use the base itself; or merge with --undo next time.",
             )
+
+
+def _check_unchanged(merged: Path, receipt: Receipt, options: UnmergeOptions) -> None:
+    algorithm, _ = split_digest(receipt.digest, file=RECEIPT_FILE, loc="/output/digest")
+    digests = digest_checkpoint(open_checkpoint(merged), algorithm=algorithm, threads=options.threads or 2)
+    found = root_digest(algorithm, digests)
+    if found != receipt.digest:
+        raise IntegrityError.of(
+            "merged",
+            f"its weights are {found}, but the receipt records {receipt.digest}.",
+            file=str(merged),
+            remedy="The merged model was changed after the merge: get it again.",
+        )
 
 
 def _negated(choice: CombinationChoice | None) -> CombinationChoice | None:

@@ -21,8 +21,9 @@ from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.verify_causes import REMEDY, add_whole, difference_text, wrong
+from adapterhub_tools.ops.verify_claims import claim_problems, digest_problems
 from adapterhub_tools.ops.verify_files import account_config, account_tokenizer
-from adapterhub_tools.ops.verify_receipt import onto_problem
+from adapterhub_tools.ops.verify_receipt import TENSOR_KINDS, onto_problem, verify_receipt
 from adapterhub_tools.ops.verify_report import SAMPLES, TensorVerdict, VerifyOptions, VerifyReport
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 
@@ -103,6 +104,20 @@ def verify(
     run = _Run(planned, result, receipt, options, device, progress or SilentProgress())
     tensors = run.all(problems)
     problems += config_problems
+    if receipt is not None:
+        told = replace(asked, dtype=receipt.options["dtype"])
+        as_told = plan_merge(checkpoint, parts, told, lambda _: 0)
+        problems += claim_problems(receipt, checkpoint, result, parts, as_told)
+        if options.sample == "full":
+            problems += digest_problems(receipt, checkpoint, planned, threads=options.threads)
+            right = {tensor.name for tensor in tensors if tensor.ok}
+            known = () if len(right) == len(tensors) else ("file-size",)
+            changed = verify_receipt(merged, threads=options.threads, progress=None)
+            # Of tensors that are wrong it is said already.
+            kept = (p for p in changed.problems if p.kind not in TENSOR_KINDS or p.loc in right)
+            problems += [problem for problem in kept if problem.kind not in known]
+        else:
+            notes.append("the digests in the receipt were not compared (--receipt or --sample full do)")
     if options.sample == "rows" and any(tensor.rows_checked < tensor.rows for tensor in tensors):
         notes.append(
             "sampled: a low bit that changed in a merged row outside the sample is not seen (1 % of the rows "

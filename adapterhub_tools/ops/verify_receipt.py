@@ -12,7 +12,12 @@ from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.verify_report import TensorVerdict, VerifyReport
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.digest import config_digest, digest_checkpoint, file_sha256, split_digest
+from adapterhub_tools.store.files import resolve_inside
+from adapterhub_tools.store.side_files import side_file_names
+from adapterhub_tools.store.signature import NOT_COVERED
 
+TENSOR_KINDS = ("tensor-digest", "missing-tensor", "extra-tensor")
+"""The kinds of problems that are about single tensors."""
 _CHANGED = "The folder was changed after the merge: get it again, or merge again."
 
 
@@ -74,12 +79,13 @@ def _tensors(
     for tensor in receipt.tensors:
         rows = tensor.shape[0] if tensor.shape else 1
         digest = found.get(tensor.name)
+        spec = None if digest is None else checkpoint.tensors[tensor.name].spec
         same = digest is not None and digest.hex() == tensor.digest
+        same = same and spec is not None and (spec.dtype, spec.shape) == (tensor.dtype, tensor.shape)
         cause = ""
-        if digest is None:
+        if digest is None or spec is None:
             cause = "it is missing"
         elif not same:
-            spec = checkpoint.tensors[tensor.name].spec
             cause = f"its digest is {digest.hex()}, the receipt records {tensor.digest}"
             if (spec.dtype, spec.shape) != (tensor.dtype, tensor.shape):
                 cause = f"it is {spec.dtype} {list(spec.shape)}, the receipt records {tensor.dtype} "
@@ -117,8 +123,17 @@ def _files(receipt: Receipt, checkpoint: Checkpoint, merged: Path, problems: lis
     def add(kind: str, file: str, message: str) -> None:
         problems.append(Problem(kind=kind, message=message, file=file, remedy=_CHANGED))
 
+    def inside(name: str) -> Path | None:
+        try:
+            return resolve_inside(merged, name)
+        except FormatError as error:
+            problems.extend(error.problems)
+            return None
+
     for name, size in receipt.files.items():
-        path = merged / name
+        path = inside(name)
+        if path is None:
+            continue
         held = path.stat().st_size if path.is_file() else None
         if held != size:
             add("file-size", name, f"it has {held} bytes, the receipt records {size}.")
@@ -126,11 +141,17 @@ def _files(receipt: Receipt, checkpoint: Checkpoint, merged: Path, problems: lis
     if receipt.undo is not None:
         recorded[UNDO_FILE] = receipt.undo.sha256
     for name, digest in recorded.items():
-        path = merged / name
+        path = inside(name)
+        if path is None:
+            continue
         if not path.is_file():
             add("missing-file", name, "the receipt lists it, but it is missing.")
         elif (found := file_sha256(path)) != digest:
             add("file-digest", name, f"its SHA-256 is {found}, the receipt records {digest}.")
+    listed = {*receipt.files, *recorded, RECEIPT_FILE, checkpoint.index_file}
+    for name in side_file_names(merged):
+        if name not in listed and name.rstrip("/") not in NOT_COVERED:
+            add("extra-file", name, "the receipt does not list it: it was added after the merge.")
     own = None if checkpoint.config is None else config_digest(checkpoint.config)
     if own != receipt.config_digest:
         add("config-digest", "config.json", f"it is {own}, the receipt records {receipt.config_digest}.")
