@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from adapterhub_tools.api.low_rank import policy_choices
@@ -144,24 +145,25 @@ def combine_adapters(
             )
     if undo:
         refuse_with_into(undo_without_into=True)
-    options = CombineOptions(
-        method=method,
-        weights=counts,
-        hparams=given,
-        policy=RankPolicy.of(**choices) if asked else None,
-        policy_options=choices if asked else {},
-        base=optional_path(base),
-        space=space,
-        full=full,
-        allow_disjoint=allow_disjoint,
-        dtype=dtype,
-        seed=seed,
-        replace=replace,
-        allow_replace_gap=allow_replace_gap,
-        threads=threads,
-        dry_run=dry_run,
-    )
-    with resolve.adapter_folders(adapters) as folders:
+    with ExitStack() as stack:
+        folders = stack.enter_context(resolve.adapter_folders(adapters))
+        options = CombineOptions(
+            method=method,
+            weights=counts,
+            hparams=given,
+            policy=RankPolicy.of(**choices) if asked else None,
+            policy_options=choices if asked else {},
+            base=None if base is None else stack.enter_context(resolve.base_folder(base)),
+            space=space,
+            full=full,
+            allow_disjoint=allow_disjoint,
+            dtype=dtype,
+            seed=seed,
+            replace=replace,
+            allow_replace_gap=allow_replace_gap,
+            threads=threads,
+            dry_run=dry_run,
+        )
         return op.combine(folders, optional_path(out), options, progress)
 
 

@@ -51,7 +51,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @policy_options
 @click.option(
     "--base",
-    type=click.Path(path_type=Path, readable=False),
+    type=click.Path(readable=False),
     help="The base, where what an adapter does depends on it, as with DoRA.",
 )
 @click.option(
@@ -96,7 +96,7 @@ def command(
     sv_ratio: float | None,
     sv_cumulative: float | None,
     sv_fro: float | None,
-    base: Path | None,
+    base: str | None,
     into: str | None,
     undo: bool,
     space: str,

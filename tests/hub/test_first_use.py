@@ -124,6 +124,10 @@ def test_convert_takes_a_remote_base_and_a_model_is_called_by_its_name(
         done(client.run("convert", adapter, tmp_path / out, "--to", "dora", "--base", given, "--json"))
     weights = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("remote", "local")]
     assert weights[0] == weights[1]
+    # One of them is DoRA, so what it does depends on the base.
+    inputs = ("combine", tmp_path / "remote", adapter, "--weights", "2,-1", "--rank", "2")
+    done(client.run(*inputs, "--base", f"hf://{base}", "--out", tmp_path / "both", "--json"))
+    assert at.validate(tmp_path / "both").ok
     repo = hub_server.repo_name("adapter")
     hub_server.seed(repo, {path.name: path.read_bytes() for path in adapter.iterdir()})
     ran = client.run("hash", f"hf://{repo}", "--json")
