@@ -125,8 +125,9 @@ def command(
         )
     except AdapterError as error:
         # Without base and adapter there is nothing to compare with: that says nothing about the merge.
+        error.exit_code = EXIT_COULD_NOT_CHECK
         output.error(error)
-        context.exit(EXIT_COULD_NOT_CHECK)
+        context.exit(error.exit_code)
     if as_json:
         output.json("verify", report.to_json())
         context.exit(report.exit_code)

@@ -243,3 +243,5 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli, ["verify", names[2], "--receipt"]).exit_code == 1
     assert CliRunner().invoke(cli, ["verify", names[2]]).exit_code == 2
     assert CliRunner().invoke(cli, ["verify", names[0], str(tmp_path / "no"), names[2]]).exit_code == 10
+    result = CliRunner().invoke(cli, ["verify", names[0], str(tmp_path / "no"), names[2], "--json"])
+    assert result.exit_code == json.loads(result.stdout)["exit_code"] == 10
