@@ -76,7 +76,11 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     help="What becomes of tensors that adapters carry in full.",
 )
 @click.option("--allow-disjoint", is_flag=True, help="Allow adapters that share no target module.")
-@click.option("--dtype", type=DTYPES, help="The dtype of the factors; the widest of the inputs if not given.")
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    help="The dtype of the factors, the widest of the inputs if not given; with --into, of the base.",
+)
 @output_options
 @standard_options
 def command(

@@ -176,15 +176,15 @@ def _refuse_lossy(parts: LowRankParts, options: ConvertOptions) -> None:
     )
     if not above or options.allow_lossy:
         return
+    # auto has already gone as far as factors stay smaller than the weight.
+    higher = "Give" if options.rank == "auto" else "Give a higher --rank, --rank auto,"
     problems = [
         Problem(
             kind="approximation",
             loc=report.path,
             message=f"rank {report.rank} has a relative error of {report.error:.3g}; allowed is "
             f"{options.max_error:.3g}.",
-            remedy="Give a higher --rank, --rank auto, a larger --max-error, or --allow-lossy."
-            if index == 0
-            else "",
+            remedy=f"{higher} a larger --max-error, or --allow-lossy." if index == 0 else "",
         )
         for index, report in enumerate(above[:_SHOWN])
     ]

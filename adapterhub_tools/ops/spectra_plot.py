@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.errors import MismatchError, UnsupportedError
+from adapterhub_tools.errors import MismatchError, StoreError, UnsupportedError
 from adapterhub_tools.store.files import store_error
 
 if TYPE_CHECKING:
@@ -19,12 +19,23 @@ def check_plot(path: Path) -> None:
     """Checks, before any work, that a picture can be made.
 
     Raises:
-        MismatchError: another ending.
+        MismatchError: another ending, or the place of a folder.
+        StoreError: the folder that is to hold it does not exist.
         UnsupportedError: matplotlib is not installed.
     """
     if path.suffix not in ENDINGS:
         raise MismatchError.of(
             "plot", f"expected a name that ends in {' or '.join(ENDINGS)}.", file=str(path), loc="--plot"
+        )
+    if path.is_dir():
+        raise MismatchError.of("plot", "it is a folder; expected a file.", file=str(path), loc="--plot")
+    if not path.parent.is_dir():
+        raise StoreError.of(
+            "not-found",
+            "the folder that is to hold the picture does not exist.",
+            file=str(path),
+            loc="--plot",
+            remedy="Make the folder first, or give another path; nothing was written.",
         )
     if find_spec("matplotlib") is None:
         raise UnsupportedError.of(

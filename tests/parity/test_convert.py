@@ -85,6 +85,9 @@ def test_dora_to_lora_is_lossy_and_as_good_as_can_be(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     refused(at.LossyError, "approximation", work / "x", at.convert, tmp_path / "a", to="lora", base=base)
+    for rank, hint in ((4, "--rank auto"), ("auto", "Give a larger --max-error")):
+        with pytest.raises(at.LossyError, match=hint):
+            at.convert(tmp_path / "a", work / "x", to="lora", base=base, rank=rank)
     report = at.convert(tmp_path / "a", tmp_path / "r4", to="lora", base=base, allow_lossy=True)
     assert all(module.rank == 4 for module in report.modules)
     found = deltas(loaded(fresh(models.llama), tmp_path / "r4"))
