@@ -64,6 +64,7 @@ def replayed(
         accept_embeddings=receipt.options["accept_embeddings"],
         adapter_tokenizer=receipt.options["adapter_tokenizer"],
         combination=receipt.combination,
+        approximates=receipt.options.get("approximates_base_of"),
     ), receipt
 
 

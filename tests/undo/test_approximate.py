@@ -34,6 +34,10 @@ def test_the_expected_error_is_the_true_one(tmp_path: Path, dtype: str, delta: f
     assert receipt["options"]["approximates_base_of"] == merged["output"]["digest"]
     assert report.digest != at.content_digest(base, cache=False).digest
     assert "approximated" in report.summary
+    again = at.merge(
+        tmp_path / "merged", adapter, tmp_path / "again", replay=tmp_path / "near" / "merge_receipt.json"
+    )
+    assert again.receipt.options["approximates_base_of"] == merged["output"]["digest"]
 
 
 def test_the_largest_error_bounds_every_weight(tmp_path: Path) -> None:
