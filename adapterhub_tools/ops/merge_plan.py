@@ -203,14 +203,20 @@ def _grown_rows(
 ) -> int | None:
     """Returns the rows of a resized vocabulary; its input and output sides must agree."""
     grown = {i.base_tensor: i.full.tensor.shape[0] for part in parts for i in part.fit.full if i.grown}
+    tie = parts[0].fit.tie if parts else None
+    source_of = (lambda name: name) if tie is None else tie.source_of
+    for name in ties.names:
+        rows = _rows_after(name, checkpoint, changes)
+        if rows is not None and rows != checkpoint.tensors[source_of(name)].spec.shape[0]:
+            grown[name] = rows
     if not grown:
         return None
     sizes = set(grown.values())
-    before = {checkpoint.tensors[name].spec.shape[:1] for name in grown}
+    before = {checkpoint.tensors[source_of(name)].spec.shape[:1] for name in grown}
     sides = {
         name
         for name, stored in checkpoint.tensors.items()
-        if stored.spec.shape[:1] in before and is_embedding(name, parts[0].fit.tie, checkpoint)
+        if stored.spec.shape[:1] in before and is_embedding(name, tie, checkpoint)
     }
     sides |= set(ties.names)
     sizes |= {rows for name in sides if (rows := _rows_after(name, checkpoint, changes)) is not None}

@@ -77,8 +77,8 @@ def settle_ties(
     if kept is not None:
         _join_companions(tie, changes, parts)
         return _keep(tie, names, changes, kept[0], base_range, kept[1])
-    complete = tie.unties or tie.input_name in changes
     shared = _shared_start(tie, changes, parts) or base_range(tie.input_name)
+    complete = tie.unties or tie.input_name in changes
     for name in names[1:]:
         if name in changes or complete:
             change = changes.setdefault(name, Change())
@@ -98,14 +98,24 @@ def settle_ties(
 
 
 def _shared_start(tie: Tie, changes: dict[str, Change], parts: Sequence[Part]) -> ByteRange | None:
-    """Returns the resized embedding that an adapter saved under its own factors: both sides start from it."""
-    inner = changes.get(tie.input_name)
-    saved = any(
-        item.base_tensor == tie.input_name and item.full.role == "saved_embedding" and item.full.rows is None
+    """Returns the resized embedding that an adapter saved under its own factors: both sides start from it.
+
+    PEFT saves it with the side that has factors, be that the embedding or only the head, and loads it into
+    the tensor that both share.
+    """
+    saved = {
+        item.base_tensor
         for part in parts
         for item in part.fit.full
-    )
-    return inner.start if saved and inner is not None else None
+        if item.full.role == "saved_embedding" and item.full.rows is None
+    }
+    if tie.input_name in changes:
+        return changes[tie.input_name].start if tie.input_name in saved else None
+    if not tie.unties or tie.output_name not in saved or tie.output_name not in changes:
+        return None
+    start = changes[tie.output_name].start
+    changes[tie.input_name] = Change(start=start)
+    return start
 
 
 def _share_rows(tie: Tie, name: str, changes: dict[str, Change]) -> None:

@@ -183,6 +183,8 @@ RESIZED = {
         grown(models.llama), options={"accept_embeddings": True}
     ),
     "tied, embeddings saved by PEFT's own choice": replace(grown(tied), options={"accept_embeddings": True}),
+    "tied, only the head adapted": grown(tied, target_modules=["lm_head", "q_proj"]),
+    "tied, both adapted": grown(tied, target_modules=["lm_head", "embed_tokens"]),
     "untied, embeddings adapted": grown(models.llama, target_modules=["embed_tokens", "lm_head"]),
     "tied, new rows trained": replace(
         grown(tied, trainable_token_indices=list(range(VOCAB, GROWN))), options={"accept_embeddings": True}
