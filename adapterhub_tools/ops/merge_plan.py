@@ -19,6 +19,7 @@ from adapterhub_tools.ops.joint_changes import check_joint
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Change, Part
 from adapterhub_tools.ops.module_kinds import bias_factors, is_additive
+from adapterhub_tools.ops.tied import Tie
 from adapterhub_tools.ops.tied_plan import Ties, equal_bytes, settle_ties
 from adapterhub_tools.store.checkpoint import Checkpoint
 from adapterhub_tools.store.layout import build_file
@@ -80,7 +81,8 @@ def plan_merge(
     base_range = checkpoint.range_of
     ties = settle_ties(parts, changes, base_range, checkpoint)
     rows = _grown_rows(checkpoint, parts, changes, ties)
-    steps, files = _lay_out(checkpoint, changes, options, base_range)
+    tie = parts[0].fit.tie if parts else None
+    steps, files = _lay_out(checkpoint, changes, options, base_range, tie)
     steps = combined_steps(steps, parts, options.combination)
     read = {step.base_name for step in steps if step.base_name is not None}
     targets = sorted({n for part in parts for n in part.fit.target_names if n in checkpoint.tensors})
@@ -256,8 +258,12 @@ def _lay_out(
     changes: dict[str, Change],
     options: MergeOptions,
     base_range: Callable[[str], ByteRange],
+    tie: Tie | None,
 ) -> tuple[tuple[Step, ...], tuple[OutputFile, ...]]:
-    """Keeps each tensor in its shard and order; what the base does not have ends the last shard."""
+    """Keeps each tensor in its shard and order; what the base does not have ends the last shard.
+
+    A tensor that was tied has the dtype of the one that held its values.
+    """
     wanted = None if options.dtype is None else DTYPE_NAMES[options.dtype]
     steps: list[Step] = []
     files: list[OutputFile] = []
@@ -265,7 +271,9 @@ def _lay_out(
         names = [name for name, stored in checkpoint.tensors.items() if stored.file == file]
         if file == checkpoint.files[-1]:
             names += [name for name in changes if name not in checkpoint.tensors]
-        drafts = [_draft(name, changes.get(name), checkpoint, base_range, wanted, file) for name in names]
+        drafts = [
+            _draft(name, changes.get(name), checkpoint, base_range, wanted, file, tie) for name in names
+        ]
         header, offsets = build_file([draft.output for draft in drafts], {"format": "pt"})
         placed = sorted(
             (_place(draft, offsets[draft.output.name]) for draft in drafts), key=lambda s: s.offset
@@ -296,10 +304,12 @@ def _draft(
     base_range: Callable[[str], ByteRange],
     wanted: str | None,
     file: str,
+    tie: Tie | None,
 ) -> Step:
     start = change.start if change is not None and change.start is not None else base_range(name)
     of_base = name in checkpoint.tensors and start == base_range(name)
-    own = checkpoint.tensors[name].spec.dtype if name in checkpoint.tensors else start.spec.dtype
+    held = checkpoint.tensors.get(name if tie is None else tie.source_of(name))
+    own = start.spec.dtype if held is None else held.spec.dtype
     dtype = wanted if wanted is not None and own in FLOAT_DTYPES else own
     output = TensorSpec(name=name, dtype=dtype, shape=start.spec.shape)
     if change is not None and (change.terms or change.patch is not None):

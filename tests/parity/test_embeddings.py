@@ -14,6 +14,7 @@ from peft import LoraConfig, TrainableTokensConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import adapterhub_tools as at
 from adapterhub_tools.errors import FormatError
 from tests.parity import models
 from tests.parity.models import VOCAB
@@ -262,3 +263,14 @@ def test_the_adapter_saved_its_embeddings(tmp_path: Path) -> None:
     adapted = adapt(UNTIED_BASE["embedding adapted, embeddings saved with it"], tmp_path)
     with safe_open(adapted.adapter / "adapter_model.safetensors", "pt") as file:
         assert any(key.endswith("embed_tokens.base_layer.weight") for key in file.keys())  # noqa: SIM118
+
+
+def test_a_head_that_was_tied_keeps_the_dtype_of_the_base(tmp_path: Path) -> None:
+    made = adapt(case(tied, target_modules=["lm_head", "embed_tokens"]), tmp_path)
+    weights = stored(made.adapter)
+    held = "base_model.model.lm_head.base_layer.weight"
+    assert held in weights
+    halves = {name: value.bfloat16() if "base_layer" in name else value for name, value in weights.items()}
+    save_file(halves, made.adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    at.merge(made.base, made.adapter, tmp_path / "out")
+    assert {value.dtype for value in stored(tmp_path / "out").values()} == {torch.float32}
