@@ -14,7 +14,12 @@ from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_adap
 from adapterhub_tools.ops.base_rows import memory_paths
 from adapterhub_tools.ops.combine_bias import with_biases
 from adapterhub_tools.ops.combine_config import common_config, common_side
-from adapterhub_tools.ops.combine_full import CombinedFull, carried_in_full, combine_full
+from adapterhub_tools.ops.combine_full import (
+    CombinedFull,
+    carried_in_full,
+    combine_full,
+    refuse_whole_beside_factors,
+)
 from adapterhub_tools.ops.combine_inputs import CombineInput, common_base, open_inputs
 from adapterhub_tools.ops.combine_modules import Joint, join_modules, paths_of
 from adapterhub_tools.ops.combine_options import CombineOptions, implementation
@@ -86,6 +91,8 @@ def combine(
             done = _by_factors(inputs, ordered, tensors, joints)
             full = combine_full(inputs, carried, weights, "drop", tensors)
         else:
+            if options.full != "drop":
+                refuse_whole_beside_factors(inputs, carried, {joint.path for joint in joints})
             full = combine_full(inputs, carried, weights, options.full, tensors)
             threads = options.threads or default_threads()
             work = Work(inputs, method, ordered, tensors, threads, progress or SilentProgress())

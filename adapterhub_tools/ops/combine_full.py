@@ -14,7 +14,7 @@ the base's, where all that carry it have the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum, prod
 from typing import TYPE_CHECKING, Protocol
@@ -159,6 +159,34 @@ def carried_in_full(inputs: Sequence[CombineInput]) -> dict[str, list[Carried]]:
                 )
             )
     return dict(sorted(found.items()))
+
+
+def refuse_whole_beside_factors(
+    inputs: Sequence[CombineInput], carried: Mapping[str, Sequence[Carried]], paths: Collection[str]
+) -> None:
+    """Refuses a module that one adapter saves whole and another changes by factors.
+
+    Args:
+        inputs: the adapters.
+        carried: see ``carried_in_full``.
+        paths: the modules that are changed by factors.
+
+    Raises:
+        MismatchError: there is one; names the module and the adapter that saves it.
+    """
+    for name, items in carried.items():
+        module, _, leaf = name.rpartition(".")
+        whole = [item for item in items if item.role == "modules_to_save"]
+        if whole and leaf == "weight" and module in paths:
+            label = inputs[whole[0].index].label
+            raise MismatchError.of(
+                "whole-and-factors",
+                f"{escape(label)} saves {escape(module)} whole, and another adapter changes it by factors: "
+                "an adapter holds one or the other.",
+                loc=escape(name),
+                remedy="Combine them into a base with --into BASE, or leave what is saved whole out with "
+                "--full drop.",
+            )
 
 
 def combine_full(

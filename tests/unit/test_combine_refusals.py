@@ -123,6 +123,16 @@ def pissa(root: Path) -> dict[str, Any]:
     return second(2, 5, init_lora_weights="pissa")(root)
 
 
+def whole_beside_factors(root: Path) -> dict[str, Any]:
+    """The first adapter saves m.v whole, the second has factors for it."""
+    edited(lambda t: t.update({f"{PREFIX}m.v.weight": gaussian(5, 6, 4)}), "a")(root)
+    file = root / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": ["v"]}))
+    shutil.rmtree(root / "b")
+    write_lora(root / "b", {**factors(2, 5), **factors(2, 7, "m.v")})
+    return {"base": root / "base"}
+
+
 CASES: dict[str, tuple[type[at.AdapterError], str, Change]] = {
     "a weight too few": (at.MismatchError, "weights", given(weights=[1.0])),
     "a weight too many": (at.MismatchError, "weights", given(weights="1,2,3")),
@@ -156,6 +166,7 @@ CASES: dict[str, tuple[type[at.AdapterError], str, Change]] = {
     "slerp of a negative weight": (at.MismatchError, "weights", given(method="slerp", weights=[1, -1])),
     "DoRA without its base": (at.MismatchError, "base", dora),
     "DoRA on factors": (at.UnsupportedError, "method", dora_on_factors),
+    "a module whole and by factors": (at.MismatchError, "whole-and-factors", whole_beside_factors),
     "an altered base": (at.UnsupportedError, "altered-base", pissa),
     "a pickle": (at.UnsupportedError, "not-safetensors", pickled),
     "different ranks on factors": (at.MismatchError, "rank", given(space="factors")),
