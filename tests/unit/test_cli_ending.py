@@ -53,6 +53,12 @@ def adapter(tmp_path: Path) -> Path:
     return make_adapter(tmp_path / "adapter")
 
 
+def heed_signals() -> None:
+    """For a child: what the tests themselves were started with, such as nohup, is not passed on."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_merge(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SLOW, "merge", "base", "adapter", "out", "--threads", "1", *options],
@@ -60,6 +66,7 @@ def start_merge(folder: Path, *options: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_signals,
     )
 
 
