@@ -9,43 +9,17 @@ their partners added, so that the rank does not grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from adapterhub_tools.combine._weighted_sum import WeightedSum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
+class Linear(WeightedSum):
     """The weighted sum; it has no hyperparameters."""
 
-    kind: ClassVar[str] = "factored"
-    default_rank: ClassVar[str] = "exact"
     shares_factors: ClassVar[bool] = True
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Linear:
-        """Makes the method of its options; it has none."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters, for receipts."""
-        return {}
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters, at least one."""
-        if count < 1:
-            raise ValueError("there is nothing to combine")
-
-    def coefficients(
-        self,
-        weights: tuple[float, ...],
-        inner: Callable[[], Tensor],  # noqa: ARG002 - a sum needs no angles
-    ) -> tuple[float, ...]:
-        """Returns c with ΔW = Σ c_i·ΔW_i: the weights."""
-        return weights
 
 
 IMPLEMENTATION = Linear

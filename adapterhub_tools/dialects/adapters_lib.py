@@ -164,7 +164,10 @@ def examine(
     return adapter, tuple(problems)
 
 
-def targeted(adapter: Adapter, paths: Sequence[str]) -> tuple[list[str], bool]:  # noqa: ARG001
+def targeted(
+    adapter: Adapter,  # noqa: ARG001 - whatever it says
+    paths: Sequence[str],  # noqa: ARG001 - and whatever the base has
+) -> tuple[list[str], bool]:
     """Returns that the config names no module of the base: its layers are the adapter's own."""
     return [], True
 

@@ -70,7 +70,7 @@ class WeightedSum:
         self,
         state: None,  # noqa: ARG002 - see ElementWise
         deltas: list[Tensor],
-        first: int,  # noqa: ARG002
+        first: int,  # noqa: ARG002 - nothing depends on the place
     ) -> Tensor:
         """Returns some rows of the sum; see ElementWise."""
         return added(deltas)

@@ -7,6 +7,7 @@ whose height is decided by the number of columns alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -77,16 +78,16 @@ class Panels(Protocol):
         ...
 
 
-class _Blocks:
+class _Blocks(ABC):
     """The blocks of a matrix in panels."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape: tuple[int, int] = shape
         self._buffers: dict[str, Tensor] = {}
 
+    @abstractmethod
     def panel(self, number: int) -> Tensor:
         """Returns a panel; see Panels."""
-        raise NotImplementedError
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yields (first row, panel) in order; see Panels."""

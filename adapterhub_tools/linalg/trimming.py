@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, nextafter
+from math import inf, nan, nextafter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,10 +26,10 @@ def check_share(value: object, name: str, *, zero: bool = False) -> float:
     Raises:
         ValueError: it is no number in (0, 1], or [0, 1) with ``zero``.
     """
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not (0 <= value < 1 if zero else 0 < value <= 1):  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number in {'[0, 1)' if zero else '(0, 1]'}, not {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    share = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else nan
+    if 0 <= share < 1 if zero else 0 < share <= 1:
+        return share
+    raise ValueError(f"{name} must be a number in {'[0, 1)' if zero else '(0, 1]'}, not {value!r}")
 
 
 def kept_of(elements: int, density: float) -> int:

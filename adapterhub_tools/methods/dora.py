@@ -114,7 +114,12 @@ class DoRA:
         delta = low_rank(factors["A"], factors["B"], weight, scale)
         return LineInverse(by_row=not weight.transposed, delta=delta)
 
-    def has_line_inverse(self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec) -> bool:  # noqa: ARG002
+    def has_line_inverse(
+        self,
+        factors: Mapping[str, TensorSpec],  # noqa: ARG002 - the shapes do not enter
+        kind: str,  # noqa: ARG002 - the caller asks only of those that it can invert
+        base: TensorSpec,  # noqa: ARG002
+    ) -> bool:
         """Says whether ``line_inverse`` can be asked: not where only a part of the change is merged."""
         return self.multiplier == 1
 
