@@ -79,27 +79,33 @@ class Panels(Protocol):
 
 
 class _Blocks(ABC):
-    """The blocks of a matrix in panels."""
+    """A matrix in panels whose rows, any of them, are computed into a buffer."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape: tuple[int, int] = shape
-        self._buffers: dict[str, Tensor] = {}
+        self._buffer: Tensor | None = None
 
     @abstractmethod
+    def _fill(self, block: Tensor, first: int) -> None:
+        """Computes as many rows as the block has, from row ``first``."""
+
     def panel(self, number: int) -> Tensor:
         """Returns a panel; see Panels."""
+        if self._buffer is None:
+            self._buffer = torch.empty(rows_of_panel(self.shape[1]), self.shape[1], dtype=torch.float64)
+        first, last = panel_range(number, self.shape)
+        block = self._buffer[: last - first]
+        self._fill(block, first)
+        return block
+
+    def points(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Returns values for a sample; see Panels."""
+        return _by_rows(self._fill, rows, columns, self.shape[1])
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yields (first row, panel) in order; see Panels."""
         for number in range(panels_of(self.shape)):
             yield panel_range(number, self.shape)[0], self.panel(number)
-
-    def _buffer(self, rows: int, which: str = "panel") -> Tensor:
-        held = self._buffers.get(which)
-        if held is None:
-            held = torch.empty(rows_of_panel(self.shape[1]), self.shape[1], dtype=torch.float64)
-            self._buffers[which] = held
-        return held[:rows]
 
 
 class TermPanels(_Blocks):
@@ -119,24 +125,12 @@ class TermPanels(_Blocks):
         if isinstance(only, LowRankTerm) and (only.row, only.column) == (0, 0):
             self._product = only if (only.row_end, only.column_end) == shape else None
 
-    @property
-    def is_zero(self) -> bool:
-        """True if every delta is exactly zero."""
-        return self._sum.identity
-
-    def panel(self, number: int) -> Tensor:
-        """Returns a panel; see Panels."""
-        first, last = panel_range(number, self.shape)
-        block = self._buffer(last - first)
-        self._fill(block, first)
-        return block
-
     def points(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Returns values for a sample; see Panels."""
         if self._product is not None:
             left = self._product.left[rows] * float(self._product.scale)
             return torch.bmm(left, self._product.right[:, columns].transpose(0, 1))
-        return _by_rows(self._fill, rows, columns, self.shape[1])
+        return super().points(rows, columns)
 
     def _fill(self, block: Tensor, first: int) -> None:
         if self._product is not None:
@@ -167,17 +161,6 @@ class ExpressionPanels(_Blocks):
         """Keeps them."""
         super().__init__(shape)
         self._expression, self._read, self._weight = expression, read_rows, weight
-
-    def panel(self, number: int) -> Tensor:
-        """Returns a panel; see Panels."""
-        first, last = panel_range(number, self.shape)
-        block = self._buffer(last - first)
-        self._fill(block, first)
-        return block
-
-    def points(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Returns values for a sample; see Panels."""
-        return _by_rows(self._fill, rows, columns, self.shape[1])
 
     def _fill(self, block: Tensor, first: int) -> None:
         weight = self._read(first, int(block.shape[0]))

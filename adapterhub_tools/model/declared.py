@@ -15,9 +15,6 @@ _TASKS = {
 }
 _WITH_HEAD = re.compile(r"LMHead|CausalLM|MaskedLM|ConditionalGeneration|PreTraining|ForSpeechSeq2Seq")
 
-BIASES = ("none", "all", "targets")
-"""Which biases were trained: none, every one of the model, those of the target modules."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
@@ -26,7 +23,7 @@ class Declared:
     Attributes:
         saved: entries for modules trained whole; a module is meant if its path or that of one above it ends
             in an entry, wherever the entry starts.
-        bias: one of BIASES.
+        bias: which biases were trained: ``"none"``, ``"all"`` of the model, or those of the ``"targets"``.
         tokens: entry -> indices of trained token rows; the modules are meant as by ``saved``, but themselves
             only.
         entries: the list of target modules; each is a whole path or its end after a dot. Empty where the

@@ -25,8 +25,6 @@ ANY_DIGEST = re.compile(
     r"((tensor|adapter)-tree-(blake3|sha256)-v1|config-sha256-v1|sha256):[0-9a-f]{64}",
 )
 LOW_RANK_METHODS = ("lora", "dora")
-LOW_RANK_HYPERPARAMETERS = ("rank", "alpha", "scaling", "fan_in_fan_out", "groups", "nesting")
-"""Every hyperparameter that a module of LOW_RANK_METHODS may have; the first three it must have."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 """Names of methods and dialects."""

@@ -143,11 +143,6 @@ def history_entry(
     )
 
 
-def adapter_input(opened: OpenedAdapter, role: str = "adapter") -> HistoryInput:
-    """Returns an adapter as an input of an operation, by its digest."""
-    return HistoryInput(role=role, digest=adapter_digest(opened.files, opened.adapter))
-
-
 def known_base(opened: OpenedAdapter) -> BaseRef | None:
     """Returns the base that an adapter's manifest records, or else the one that its config names."""
     recorded = None if opened.manifest is None else opened.manifest.base

@@ -141,11 +141,6 @@ class RankPolicy:
             )
         return cls(name=given[0], value=float(value))
 
-    @property
-    def needs_all(self) -> bool:
-        """True if the ranks depend on the singular values of all modules together."""
-        return self.name == "budget"
-
     def fixed_ranks(self, paths: Sequence[str]) -> dict[str, int | None]:
         """Returns for ``"rank"`` each module's rank; None leaves it as it is.
 

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 30
@@ -253,8 +253,3 @@ class HubServer:
             settings["HF_TOKEN"] = self.tokens.get(token, token)
             settings["ADAPTERTOOL_TOKEN_ENDPOINT"] = endpoint or self.endpoint
         return {**kept, **settings, **extra}
-
-    @property
-    def endpoint_host(self) -> str:
-        """host:port of the Hub."""
-        return urlsplit(self.endpoint).netloc

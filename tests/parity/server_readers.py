@@ -74,11 +74,6 @@ def llama_cpp(folder: Path) -> dict[str, tuple[float, Tensor, Tensor]]:
     }
 
 
-def peft_scale(config: dict[str, Any], rank: int, alpha: float) -> tuple[Fraction, int]:
-    """Returns (c, d) with the scale c·√d: alpha/rank, or alpha/√rank = alpha/rank·√rank."""
-    return Fraction(alpha) / rank, rank if config.get("use_rslora") else 1
-
-
 def matrix(tensor: Tensor) -> list[list[Fraction]]:
     return [[Fraction(value) for value in row] for row in tensor.double().tolist()]
 

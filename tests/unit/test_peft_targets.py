@@ -155,11 +155,6 @@ def test_parameters_name_the_module_they_are_in():
     assert rule.match_parameters(["model.layers.0.mlp.experts", "model.layers.0.mlp"]) == [True, False]
 
 
-def test_unused_entries_are_listed():
-    rule = TargetRule.from_config({"target_modules": ["q_proj", "query", "attn.v_proj"]})
-    assert rule.unused_entries(["model.attn.q_proj", "model.attn.v_proj"]) == ("query",)
-
-
 def test_a_hostile_exclude_pattern_names_its_field():
     rule = TargetRule.from_config({"target_modules": ["q"], "exclude_modules": "(a+)+$"})
     with pytest.raises(FormatError) as caught:

@@ -93,16 +93,6 @@ class TargetRule:
         owners = {entry.rpartition(".")[0] for entry in self.parameters}
         return [bool(owners) and ("" in owners or _ends_in(path, owners)) for path in paths]
 
-    def unused_entries(self, paths: Sequence[str]) -> tuple[str, ...]:
-        """Returns the entries of a list of ``target_modules`` that none of the paths matches."""
-        if not isinstance(self.target_modules, tuple):
-            return ()
-        ends: set[str] = set()
-        for path in paths:
-            parts = path.split(".")
-            ends.update(".".join(parts[i:]) for i in range(len(parts)))
-        return tuple(entry for entry in self.target_modules if entry not in ends)
-
     def _excluded(self, paths: Sequence[str]) -> list[bool]:
         exclude = self.exclude_modules
         if isinstance(exclude, str):
