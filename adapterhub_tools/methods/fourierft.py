@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import pi, prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from math import pi
+from typing import TYPE_CHECKING, Any
 
-from adapterhub_tools.errors import Problem
 from adapterhub_tools.linalg.weight import Weight
+from adapterhub_tools.methods._random_places import RandomPlaces
 from adapterhub_tools.model import hyperparameters as read
-from adapterhub_tools.model.misfit import misfit_matrix, wrong_factor
-from adapterhub_tools.model.tensor import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,22 +22,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FourierFT:
+class FourierFT(RandomPlaces):
     """The hyperparameters of a FourierFT module; the number of frequencies is that of the tensor.
 
     The error of an element is at most 8·(log₂(in) + 2)·2⁻⁵³·s·Σ|S| / (out·in).
-
-    Attributes:
-        scale: s.
-        seed: of the places.
-        multiplier: the caller's factor on the delta.
     """
-
-    guarantee: ClassVar[str] = "tolerance"
-    additive: ClassVar[bool] = True
-    scale: float
-    seed: Any
-    multiplier: float = 1.0
 
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, Any]) -> FourierFT:
@@ -49,42 +36,6 @@ class FourierFT:
             seed=hparams.get("random_loc_seed"),
             multiplier=hparams.get("multiplier", 1.0),
         )
-
-    def check(
-        self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str
-    ) -> tuple[Problem, ...]:
-        """Checks that the weight has room for the spectrum.
-
-        Args:
-            factors: ``"spectrum"`` (n,).
-            kind: ``"linear"`` or ``"conv1d"``.
-            base: the base weight as stored.
-            module: the module's path, for the message.
-        """
-        spectrum = factors["spectrum"]
-        if len(spectrum.shape) != 1 or spectrum.elements > prod(base.shape):
-            return (wrong_factor(module, spectrum, f"one axis of at most {prod(base.shape)} values"),)
-        return misfit_matrix(module, base, kind, None, None)
-
-    def random_names(self, factors: Mapping[str, Any], shape: tuple[int, int]) -> tuple[str, ...]:
-        """Returns the name of the random places, which says what they are made from."""
-        return (f"places/{self.seed}/{shape[0]}/{shape[1]}/{factors['spectrum'].shape[0]}",)
-
-    def random_tensors(self, factors: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Makes the places from the seed, as PEFT does: row · in + column of each.
-
-        Args:
-            factors: ``"spectrum"``, a tensor or its description.
-            shape: (out, in).
-
-        Raises:
-            UnsupportedError: the seed is no integer.
-        """
-        from adapterhub_tools.linalg.random_stream import check_seed, permutation_head
-
-        seed = check_seed(self.seed, "random_loc_seed")
-        flat = permutation_head(shape[0] * shape[1], int(factors["spectrum"].shape[0]), seed)
-        return {self.random_names(factors, shape)[0]: flat}
 
     def delta(self, factors: Mapping[str, Tensor], weight: Weight) -> ComputedTerm:
         """Returns the delta, computed row by row: a sum over the spectrum, then one transform of the row.

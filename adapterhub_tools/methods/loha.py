@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adapterhub_tools.errors import Problem
-from adapterhub_tools.linalg.surd import Surd, scaling_of
 from adapterhub_tools.linalg.weight import Weight
-from adapterhub_tools.model import hyperparameters as read
+from adapterhub_tools.methods._lycoris import KINDS, RankAndAlpha
 from adapterhub_tools.model.misfit import misfit, wrong_factor, wrong_kind
 from adapterhub_tools.model.tensor import TensorSpec
 
@@ -24,40 +23,12 @@ if TYPE_CHECKING:
     from adapterhub_tools.linalg.product_terms import PairTerm
     from adapterhub_tools.linalg.products import Product
 
-_KINDS = ("linear", "conv2d", "convnd")
 _PARTS = ("w1", "w2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoHa:
-    """The hyperparameters of one LoHa module.
-
-    Attributes:
-        rank: r, positive.
-        alpha: alpha, as the config's JSON number.
-        multiplier: the caller's factor on the delta.
-    """
-
-    guarantee: ClassVar[str] = "exact"
-    additive: ClassVar[bool] = True
-    rank: int
-    alpha: float
-    multiplier: float = 1.0
-
-    @classmethod
-    def from_hparams(cls, hparams: Mapping[str, Any]) -> LoHa:
-        """Reads the hyperparameters of a target module; an absent one has PEFT's default, 8."""
-        known = {"rank": 8, "alpha": 8, **hparams}
-        return cls(
-            rank=read.integer(known, "rank"),
-            alpha=read.number(known, "alpha"),
-            multiplier=hparams.get("multiplier", 1.0),
-        )
-
-    @property
-    def scale(self) -> Surd:
-        """S times the multiplier, exactly."""
-        return scaling_of(self.alpha, self.rank, "alpha/rank", self.multiplier)
+class LoHa(RankAndAlpha):
+    """The hyperparameters of one LoHa module."""
 
     def check(
         self, factors: Mapping[str, TensorSpec], kind: str, base: TensorSpec, module: str
@@ -71,8 +42,8 @@ class LoHa:
             base: the base weight as stored.
             module: the module's path, for the message.
         """
-        if kind not in _KINDS:
-            return (wrong_kind(module, kind, _KINDS),)
+        if kind not in KINDS:
+            return (wrong_kind(module, kind, KINDS),)
         names = [f"{part}_{side}" for part in _PARTS for side in "ab"]
         tucker = "t1" in factors or "t2" in factors
         absent = [name for name in names + ["t1", "t2"] * tucker if name not in factors]

@@ -93,6 +93,11 @@ VIOLATIONS = {
         "import adapterhub_tools.methods.lora\n",
         "Methods do not know each other",
     ),
+    "a shared piece knows a method": (
+        "methods/_lycoris.py",
+        "import adapterhub_tools.methods.loha\n",
+        "Methods do not know each other",
+    ),
 }
 
 
