@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from adapterhub_tools.cli.output import Output
-    from adapterhub_tools.ops.shrink_report import LowRankReport
+    from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,7 +81,8 @@ def show(report: LowRankReport, output: Output) -> None:
         output.json(report.operation, report.to_json())
         return
     output.notes(report.notes)
-    columns = ("module", "rank", "norm", "energy kept", "error")
+    refit_columns = () if report.refit is None else ("merged error", "with magnitudes kept")
+    columns = ("module", "rank", "norm", "energy kept", "error", *refit_columns)
     rows = [
         (
             module.path,
@@ -89,6 +90,11 @@ def show(report: LowRankReport, output: Output) -> None:
             f"{module.norm:.4g}",
             f"{module.energy:.6f}",
             f"{module.error:.3g}",
+            *(
+                ()
+                if module.refit is None
+                else (f"{module.refit.error:.3g}", f"{module.refit.error_kept:.3g}")
+            ),
         )
         for module in report.modules
     ]
@@ -96,6 +102,10 @@ def show(report: LowRankReport, output: Output) -> None:
     if report.kept:
         output.table("other tensors", ("name", "what became of it"), report.kept)
     output.line(report.summary)
+
+
+def _refit_errors(module: ModuleReport) -> tuple[float, ...]:
+    return () if module.refit is None else (module.refit.error, module.refit.error_kept)
 
 
 def _decorate(function: F, *options: Callable[[Any], Any]) -> F:

@@ -136,11 +136,14 @@ def _finish(
     )
     totals = report.totals
     base = [] if run.refit is None else [run.refit.base_input]
+    figures = {"energy": totals.energy, "error": totals.error, "modules": len(done)}
+    if report.refit is not None:
+        figures |= {"merged_error": report.refit.error, "merged_error_kept": report.refit.error_kept}
     history = history_entry(
         "svd-shrink",
         inputs=[source, *base],
         options={**options.policy_options, "dtype": options.dtype, "refit": options.refit is not None},
-        figures={"energy": totals.energy, "error": totals.error, "modules": len(done)},
+        figures=figures,
     )
     draft = Draft(
         adapter=described,

@@ -9,6 +9,38 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefitReport:
+    """What magnitudes that were computed anew changed in the merged weights of DoRA modules.
+
+    Attributes:
+        norm: ‖f(W) − W‖, with f the adapter before.
+        error: ‖f'(W) − f(W)‖ / ‖f(W) − W‖, with f' the adapter that was written.
+        error_kept: the same, had the magnitudes been kept.
+    """
+
+    norm: float
+    error: float
+    error_kept: float
+
+    @classmethod
+    def over(cls, modules: Sequence[RefitReport]) -> RefitReport:
+        """Sums up modules: norms and errors of all of their weights together."""
+        norm = sqrt(sum(item.norm**2 for item in modules))
+        error, kept = (
+            0.0 if norm == 0 else sqrt(sum((value * item.norm) ** 2 for value, item in pairs)) / norm
+            for pairs in (
+                [(item.error, item) for item in modules],
+                [(item.error_kept, item) for item in modules],
+            )
+        )
+        return cls(norm=norm, error=error, error_kept=kept)
+
+    def to_json(self) -> dict[str, float]:
+        """Returns it as a JSON object."""
+        return {"norm": self.norm, "error": self.error, "error_kept": self.error_kept}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
     """One module.
 
@@ -21,6 +53,7 @@ class ModuleReport:
         energy: the share of the squared norm that its rank keeps.
         error: the relative Frobenius error of what was written, the rounding to its dtype included.
         singular_values: those of the delta, scale included, descending; as many as were computed.
+        refit: what new magnitudes changed; None unless they were computed anew.
     """
 
     path: str
@@ -31,11 +64,13 @@ class ModuleReport:
     energy: float
     error: float
     singular_values: tuple[float, ...] = ()
+    refit: RefitReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the module as a JSON object."""
         data = {name: getattr(self, name) for name in self.__slots__}
-        return {**data, "singular_values": list(self.singular_values)}
+        refit = None if self.refit is None else self.refit.to_json()
+        return {**data, "singular_values": list(self.singular_values), "refit": refit}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +143,12 @@ class LowRankReport:
         return {str(rank): count for rank, count in sorted(counts.items())}
 
     @property
+    def refit(self) -> RefitReport | None:
+        """What new magnitudes changed in all modules together; None unless they were computed anew."""
+        found = [module.refit for module in self.modules if module.refit is not None]
+        return RefitReport.over(found) if found else None
+
+    @property
     def summary(self) -> str:
         """One line that proves what was done."""
         before = "" if self.parameters_before is None else f"{self.parameters_before:,} to "
@@ -115,6 +156,11 @@ class LowRankReport:
             f"{len(self.modules)} modules, {before}{self.parameters:,} parameters, "
             f"energy kept {self.totals.energy:.6f}, error {self.totals.error:.3g}"
         )
+        if self.refit is not None:
+            what += (
+                f", error of the merged weights {self.refit.error:.3g} "
+                f"({self.refit.error_kept:.3g} with the magnitudes kept)"
+            )
         if self.dry_run:
             return f"dry run: {what}; nothing was written"
         return f"{self.operation}: {what}, {self.nbytes:,} bytes, {self.digest}, {self.out}"
@@ -135,6 +181,7 @@ class LowRankReport:
             "energy": totals.energy,
             "error": totals.error,
             "worst_error": {"module": totals.worst[1], "error": totals.worst[0]},
+            "refit": None if self.refit is None else self.refit.to_json(),
             "digest": self.digest,
             "config": self.config,
             "notes": list(self.notes),

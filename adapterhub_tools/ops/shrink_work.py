@@ -28,13 +28,13 @@ from adapterhub_tools.ops.low_rank import (
 )
 from adapterhub_tools.ops.rank_policy import Budget, Claim, allot
 from adapterhub_tools.ops.shrink_options import ShrinkOptions
-from adapterhub_tools.ops.shrink_report import ModuleReport
+from adapterhub_tools.ops.shrink_report import ModuleReport, RefitReport
 from adapterhub_tools.ops.spool import Spool
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adapterhub_tools.ops.dora_magnitude import Refit
+    from adapterhub_tools.ops.dora_magnitude import Factors, Refit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,8 +194,11 @@ class Run:
         norm = float(values.norm()) * size
         if "bias" in module.factors:
             factors["bias"] = self._bias(module, scaled.factor)
+        refit = None
         if "magnitude" in module.factors:
-            factors["magnitude"] = self._magnitude(module, (b, a), (new_b, new_a), size, size / scaled.factor)
+            factors["magnitude"], refit = self._magnitude(
+                module, (b, a, size), (new_b, new_a, size / scaled.factor)
+            )
         report = ModuleReport(
             path=module.path,
             kind=module.kind,
@@ -205,6 +208,7 @@ class Run:
             energy=1.0 if norm == 0 else max(0.0, 1.0 - (truncation / norm) ** 2),
             error=0.0 if norm == 0 else sqrt(truncation**2 + rounding**2) / norm,
             singular_values=tuple(float(value) * size for value in values),
+            refit=refit,
         )
         hparams = with_scale(module, rank, scaled.alpha, self.rule)
         return Shrunk(module=replace(module, hparams=hparams, factors=factors), report=report)
@@ -220,19 +224,18 @@ class Run:
         return self.tensors.put(self.loader.load(spec).double() * factor, self._dtype(spec), spec.name)[0]
 
     def _magnitude(
-        self,
-        module: TargetModule,
-        before: tuple[Tensor, Tensor],
-        after: tuple[Tensor, Tensor],
-        scale_before: float,
-        scale_after: float,
-    ) -> TensorSpec:
+        self, module: TargetModule, before: Factors, after: Factors
+    ) -> tuple[TensorSpec, RefitReport | None]:
         spec = module.factors["magnitude"]
         if self.refit is None:
-            return self.tensors.keep(self.loader, spec)
+            return self.tensors.keep(self.loader, spec), None
         old = self.loader.load(spec).double()
-        new = self.refit.magnitude(module.path, old, (*before, scale_before), (*after, scale_after))
-        return self.tensors.put(new, spec.dtype, spec.name)[0]
+        alignment = self.refit.alignment(module.path, old, before, after)
+        closest = alignment.closest().reshape(old.shape)
+        made, stored = self.tensors.put(closest, spec.dtype, spec.name)
+        norm = alignment.norm()
+        error, kept = (0.0 if norm == 0 else alignment.distance(values) / norm for values in (stored, old))
+        return made, RefitReport(norm=norm, error=error, error_kept=kept)
 
     def keep(self, module: TargetModule) -> TargetModule:
         """Takes a module along that is no product; where the rule of the scale changes, its B is scaled.

@@ -121,7 +121,7 @@ def test_dora_keeps_its_magnitudes_and_refit_comes_closer(tmp_path: Path) -> Non
     adapted = saved(fresh(models.llama), lora(use_dora=True), tmp_path / "a", size=0.3)
     kept = at.svd_shrink(tmp_path / "a", tmp_path / "kept", rank=2)
     assert kept.config["use_dora"] is True
-    at.svd_shrink(tmp_path / "a", tmp_path / "refit", rank=2, refit=base)
+    fitted = at.svd_shrink(tmp_path / "a", tmp_path / "refit", rank=2, refit=base)
     before, after, refit = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "kept", "refit")
     )
@@ -130,11 +130,18 @@ def test_dora_keeps_its_magnitudes_and_refit_comes_closer(tmp_path: Path) -> Non
     assert all(torch.equal(before[name], after[name]) for name in magnitudes)
     assert not any(torch.equal(before[name], refit[name]) for name in magnitudes)
     true = {n: p for n, p in adapted.merge_and_unload().named_parameters() if "q_proj" in n or "down" in n}
+    start = dict(fresh(models.llama).named_parameters())
+    change = sum(float((start[n] - p).detach().norm()) ** 2 for n, p in true.items())
     errors = {}
     for name in ("kept", "refit"):
         merged = dict(loaded(fresh(models.llama), tmp_path / name).merge_and_unload().named_parameters())
-        errors[name] = sum(float((merged[n] - p).norm()) ** 2 for n, p in true.items())
+        errors[name] = sum(float((merged[n] - p).detach().norm()) ** 2 for n, p in true.items())
     assert errors["refit"] < errors["kept"]
+    assert kept.refit is None
+    assert fitted.refit is not None
+    assert fitted.refit.error == pytest.approx((errors["refit"] / change) ** 0.5, rel=1e-4)
+    assert fitted.refit.error_kept == pytest.approx((errors["kept"] / change) ** 0.5, rel=1e-4)
+    assert "with the magnitudes kept" in fitted.summary
 
 
 def test_experts_and_groups_keep_their_bytes(tmp_path: Path) -> None:
