@@ -55,7 +55,7 @@ def model_matrices(
         safe_open(base / "model.safetensors", "pt") as before,
         safe_open(tuned / "model.safetensors", "pt") as after,
     ):
-        for name in before.keys():  # noqa: SIM118
+        for name in before.keys():  # noqa: SIM118 - a file is no mapping
             shape = tuple(before.get_slice(name).get_shape())
             if len(shape) != 2 or "embed" in name or "lm_head" in name:
                 continue

@@ -52,8 +52,8 @@ class Computed:
     def exact_bits(
         self,
         rows: IntArray,  # noqa: ARG002 - the points are known by their values
-        columns: IntArray,  # noqa: ARG002
-        start: F64Array,  # noqa: ARG002
+        columns: IntArray,  # noqa: ARG002 - likewise
+        start: F64Array,  # noqa: ARG002 - x is what was computed from it
         computed: F64Array,
         to: FloatFormat,
     ) -> AnyArray:

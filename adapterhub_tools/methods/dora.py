@@ -118,7 +118,7 @@ class DoRA:
         self,
         factors: Mapping[str, TensorSpec],  # noqa: ARG002 - the shapes do not enter
         kind: str,  # noqa: ARG002 - the caller asks only of those that it can invert
-        base: TensorSpec,  # noqa: ARG002
+        base: TensorSpec,  # noqa: ARG002 - nor does its shape
     ) -> bool:
         """Says whether ``line_inverse`` can be asked: not where only a part of the change is merged."""
         return self.multiplier == 1

@@ -92,7 +92,11 @@ class IA3:
             return self.feedforward
         return shape[0] == 1 and prod(shape) > 1
 
-    def bias_roles(self, factors: Mapping[str, TensorSpec], kind: str) -> tuple[str, ...]:  # noqa: ARG002
+    def bias_roles(
+        self,
+        factors: Mapping[str, TensorSpec],
+        kind: str,  # noqa: ARG002 - the side that the gains are on decides
+    ) -> tuple[str, ...]:
         """Returns the roles of the factors that change the module's bias."""
         return () if self._on_inputs(factors["l"].shape) else ("l",)
 

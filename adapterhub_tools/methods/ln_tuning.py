@@ -75,8 +75,8 @@ class LNTuning:
     def inverse(
         self,
         factors: Mapping[str, Tensor],  # noqa: ARG002 - nothing could help
-        weight: Weight,  # noqa: ARG002
-        aux: Mapping[str, Any],  # noqa: ARG002
+        weight: Weight,  # noqa: ARG002 - likewise
+        aux: Mapping[str, Any],  # noqa: ARG002 - likewise
     ) -> Computed:
         """Refuses: what was there before is not in the merged weight.
 

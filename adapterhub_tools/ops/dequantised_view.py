@@ -6,7 +6,7 @@ quantised while it was loaded for training, as most are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -102,8 +102,7 @@ def _shown(
             ShownTensor(spec=spec, offset=tensors[spec.name].offset, content=content)
             for spec, content in contents[file]
         ]
-        open_file: Callable[[str], OpenSource] = lambda uri: checkpoint.open(files[uri])  # noqa: E731
-        return DequantizedFile(file, shown, open_file)
+        return DequantizedFile(file, shown, lambda uri: checkpoint.open(files[uri]))
 
     view = View(stored=checkpoint, made_from=made_from, opener=open_view)
     return replace(checkpoint, tensors=tensors, view=view)

@@ -54,7 +54,7 @@ def test_an_output_that_cannot_be_examined(
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match="Input/output error"):  # noqa: PT012
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="Input/output error"):  # noqa: PT012 - the patch ends with the block
         if call == "lstat":  # the parent is resolved with it too
             patch.setattr(destination.os.path, "realpath", lambda path, strict=False: str(path))
         patch.setattr(destination.os, call, fail)

@@ -69,7 +69,7 @@ def test_without_commit_nothing_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_after_an_exception_the_destination_is_untouched(tmp_path: Path, error: type[BaseException]) -> None:
     out = make(tmp_path / "out", old="x")
-    with pytest.raises(error), stage(out, inputs=[], replace=True) as staged:  # noqa: PT012
+    with pytest.raises(error), stage(out, inputs=[], replace=True) as staged:  # noqa: PT012 - an error after something was written
         staged.write_bytes("a", b"1")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -68,7 +68,7 @@ def test_a_failure_in_the_gap_puts_the_old_output_back(
 
 def test_another_writer_came_first(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(StoreError) as caught, stage(out, inputs=[]) as second:  # noqa: PT012
+    with pytest.raises(StoreError) as caught, stage(out, inputs=[]) as second:  # noqa: PT012 - staging works, what follows fails
         with stage(out, inputs=[]) as first:
             first.write_bytes("a", b"first")
             first.commit(LAST)
@@ -147,7 +147,7 @@ def test_write_errors_name_path_and_remedy(
     def fail(fd: int, data: bytes) -> int:
         raise OSError(code, os.strerror(code))
 
-    with pytest.raises(StoreError) as caught, stage(out, inputs=[], replace=True) as staged:  # noqa: PT012
+    with pytest.raises(StoreError) as caught, stage(out, inputs=[], replace=True) as staged:  # noqa: PT012 - staging works, what follows fails
         monkeypatch.setattr(directory.os, "write", fail)
         staged.write_bytes("a", b"1")
     problem = caught.value.problems[0]
@@ -165,7 +165,7 @@ def test_a_copy_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(fd: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(StoreError) as caught, stage(tmp_path / "out", inputs=[]) as staged:  # noqa: PT012
+    with pytest.raises(StoreError) as caught, stage(tmp_path / "out", inputs=[]) as staged:  # noqa: PT012 - staging works, what follows fails
         monkeypatch.setattr(directory.os, "write", fail)
         staged.copy_file(tmp_path / "source", "copied")
     assert caught.value.problems[0].file == str(tmp_path / "out" / "copied")

@@ -113,7 +113,7 @@ def test_a_check_that_cannot_be_made(path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     source = LocalFile(path, name="shown")
-    with source, monkeypatch.context() as patch, pytest.raises(StoreError) as caught:  # noqa: PT012
+    with source, monkeypatch.context() as patch, pytest.raises(StoreError) as caught:  # noqa: PT012 - the file is opened before
         patch.setattr(files.os, "fstat", fail)
         source.check_unchanged()
     assert "shown: could not examine it" in str(caught.value)

@@ -215,7 +215,7 @@ def test_an_error_that_only_closing_reports(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     with stage(tmp_path / "out", inputs=[]) as staged:
-        with monkeypatch.context() as patch, pytest.raises(StoreError) as caught:  # noqa: PT012
+        with monkeypatch.context() as patch, pytest.raises(StoreError) as caught:  # noqa: PT012 - the close that fails is a part of writing
             patch.setattr(directory.os, "close", close_then_fail)
             staged.write_bytes("a", b"1")
         assert caught.value.problems[0].kind == "quota"
