@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterhub_tools import api
-from adapterhub_tools.cli.low_rank_options import DTYPES, output_options
+from adapterhub_tools.cli.low_rank_options import output_options
+from adapterhub_tools.cli.options import DTYPES
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options

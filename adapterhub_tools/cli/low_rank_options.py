@@ -2,77 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
+
+from adapterhub_tools.cli.options import replace_options, threads_option, together
 
 if TYPE_CHECKING:
     from adapterhub_tools.cli.output import Output
     from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
 
-F = TypeVar("F", bound=Callable[..., Any])
+output_options = together(
+    replace_options,
+    threads_option,
+    click.option("--dry-run", is_flag=True, help="Compute and report; write nothing."),
+)
+"""The options of a command that computes an adapter and writes its folder."""
 
-DTYPES = click.Choice(["float64", "float32", "bfloat16", "float16"])
+policy_options = together(
+    click.option(
+        "--rank",
+        multiple=True,
+        metavar="N|PATTERN=N",
+        help="A rank for all modules, or for those whose path ends in PATTERN; may be repeated.",
+    ),
+    click.option(
+        "--energy", type=float, help="Keep this share of the squared singular values of each module."
+    ),
+    click.option(
+        "--max-error", type=float, help="Allow each module this relative error, in the Frobenius norm."
+    ),
+    click.option(
+        "--budget",
+        metavar="50%|2M|8MiB",
+        help="Allot ranks over all modules within a share, a number of parameters, or bytes.",
+    ),
+    click.option("--sv-ratio", type=float, help="Keep singular values above the largest divided by this."),
+    click.option("--sv-cumulative", type=float, help="Keep this share of the sum of singular values."),
+    click.option("--sv-fro", type=float, help="Keep this share of the Frobenius norm."),
+)
+"""The policies that choose ranks; a command needs exactly one of them."""
 
-
-def output_options(function: F) -> F:
-    """Adds the options of a command that writes an adapter's folder."""
-    return _decorate(
-        function,
-        click.option("--replace", is_flag=True, help="Replace OUT if it exists, in one step."),
-        click.option(
-            "--allow-replace-gap",
-            is_flag=True,
-            help="Replace OUT in two steps where the file system cannot exchange folders.",
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given."
-        ),
-        click.option("--dry-run", is_flag=True, help="Compute and report; write nothing."),
-    )
-
-
-def policy_options(function: F) -> F:
-    """Adds the policies that choose ranks; a command needs exactly one of them."""
-    return _decorate(
-        function,
-        click.option(
-            "--rank",
-            multiple=True,
-            metavar="N|PATTERN=N",
-            help="A rank for all modules, or for those whose path ends in PATTERN; may be repeated.",
-        ),
-        click.option(
-            "--energy", type=float, help="Keep this share of the squared singular values of each module."
-        ),
-        click.option(
-            "--max-error", type=float, help="Allow each module this relative error, in the Frobenius norm."
-        ),
-        click.option(
-            "--budget",
-            metavar="50%|2M|8MiB",
-            help="Allot ranks over all modules within a share, a number of parameters, or bytes.",
-        ),
-        click.option(
-            "--sv-ratio", type=float, help="Keep singular values above the largest divided by this."
-        ),
-        click.option("--sv-cumulative", type=float, help="Keep this share of the sum of singular values."),
-        click.option("--sv-fro", type=float, help="Keep this share of the Frobenius norm."),
-    )
-
-
-def plot_option(function: F) -> F:
-    """Adds ``--plot``."""
-    return _decorate(
-        function,
-        click.option(
-            "--plot",
-            type=click.Path(path_type=Path, dir_okay=False, readable=False),
-            help="Draw the spectra into this .png or .svg file; needs matplotlib.",
-        ),
-    )
+plot_option = click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Draw the spectra into this .png or .svg file; needs matplotlib.",
+)
+"""``--plot``."""
 
 
 def show(report: LowRankReport, output: Output) -> None:
@@ -106,10 +83,3 @@ def show(report: LowRankReport, output: Output) -> None:
 
 def _refit_errors(module: ModuleReport) -> tuple[float, ...]:
     return () if module.refit is None else (module.refit.error, module.refit.error_kept)
-
-
-def _decorate(function: F, *options: Callable[[Any], Any]) -> F:
-    decorated: Any = function
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]

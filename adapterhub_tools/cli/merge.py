@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterhub_tools import api
+from adapterhub_tools.cli.options import DTYPES, device_option, replace_options, threads_option
 from adapterhub_tools.cli.output import Output, size_text
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite, standard_options
@@ -34,25 +35,10 @@ _SHOWN = 5
     callback=finite,
     help="A factor on the delta: one for all adapters, or one for each.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
-    help="The dtype of the output's weights; the base's own if not given.",
-)
-@click.option("--replace", is_flag=True, help="Replace OUT if it exists, in one step.")
-@click.option(
-    "--allow-replace-gap",
-    is_flag=True,
-    help="Replace OUT in two steps where the file system cannot exchange folders.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute; the bytes are the same.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given.")
+@click.option("--dtype", type=DTYPES, help="The dtype of the output's weights; the base's own if not given.")
+@replace_options
+@device_option("Where to compute; the bytes are the same.")
+@threads_option
 @click.option("--dry-run", is_flag=True, help="Plan and check; write nothing.")
 @click.option(
     "--check-base",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from adapterhub_tools import api
+from adapterhub_tools.cli.options import replace_options
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
@@ -26,12 +27,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
     metavar="FILE",
     help="Bring a file that is not on the list of files of an adapter; may be repeated.",
 )
-@click.option("--replace", is_flag=True, help="Replace OUT if it exists, in one step.")
-@click.option(
-    "--allow-replace-gap",
-    is_flag=True,
-    help="Replace OUT in two steps where the file system cannot exchange folders.",
-)
+@replace_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be brought.")
 @standard_options
 def command(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import isfinite
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
 from adapterhub_tools.cli.ending import Interrupted, drop_output, remove_unfinished, system_error
+from adapterhub_tools.cli.options import together
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.errors import AdapterError, StoreError
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ToolCommand(click.Command):
@@ -94,20 +92,17 @@ def check_scales(scales: tuple[float, ...], adapters: int) -> None:
         )
 
 
-def standard_options(function: F) -> F:
-    """Adds ``--json``, ``-q`` and ``-v``, passed to the function as one ``output``."""
+def _not_with_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    if value and ctx.params.get("quiet"):
+        raise click.UsageError("-q and -v exclude each other.", ctx)
+    return value
 
-    def take(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-        if value and ctx.params.get("quiet"):
-            raise click.UsageError("-q and -v exclude each other.", ctx)
-        return value
 
-    options = (
-        click.option("-v", "--verbose", is_flag=True, callback=take, help="Print every module and note."),
-        click.option("-q", "--quiet", is_flag=True, is_eager=True, help="Print only the last line."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
-    )
-    decorated: Callable[..., Any] = function
-    for option in options:
-        decorated = option(decorated)
-    return decorated  # type: ignore[return-value]
+standard_options = together(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
+    click.option("-q", "--quiet", is_flag=True, is_eager=True, help="Print only the last line."),
+    click.option(
+        "-v", "--verbose", is_flag=True, callback=_not_with_quiet, help="Print every module and note."
+    ),
+)
+"""``--json``, ``-q`` and ``-v``, of every command."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from adapterhub_tools import api
+from adapterhub_tools.cli.options import device_option, replace_options, threads_option
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
@@ -25,20 +26,9 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @click.option(
     "--approximate", is_flag=True, help="Subtract, where there is no undo file; the result is not the base."
 )
-@click.option("--replace", is_flag=True, help="Replace OUT if it exists, in one step.")
-@click.option(
-    "--allow-replace-gap",
-    is_flag=True,
-    help="Replace OUT in two steps where the file system cannot exchange folders.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute; the bytes are the same.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given.")
+@replace_options
+@device_option("Where to compute; the bytes are the same.")
+@threads_option
 @click.option("--dry-run", is_flag=True, help="Check; write nothing.")
 @standard_options
 def command(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from adapterhub_tools import api
+from adapterhub_tools.cli.options import device_option, threads_option
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, check_scales, finite, standard_options
@@ -36,13 +37,7 @@ def token_ids(_: click.Context, param: click.Parameter, values: tuple[str, ...])
     show_default=True,
     help="Recompute 1 % of the rows exactly and probe the rest, or recompute all.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
+@device_option("Where to compute.")
 @click.option(
     "--scale",
     type=float,
@@ -51,7 +46,7 @@ def token_ids(_: click.Context, param: click.Parameter, values: tuple[str, ...])
     help="What the delta was multiplied with, for all or for each; the receipt's, or 1, if not given.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the rows and probes; fresh ones if not given.")
-@click.option("--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given.")
+@threads_option
 @click.option(
     "--pubkey",
     metavar="KEY",
