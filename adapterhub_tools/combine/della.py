@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 
 from adapterhub_tools.linalg.counter_random import check_seed, stream_key
+from adapterhub_tools.linalg.row_order import ascending
 from adapterhub_tools.linalg.sign_election import SignElection
 from adapterhub_tools.linalg.trimming import check_share, keep_by_chance
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.combined_rows import DeltaInput
-    from adapterhub_tools.linalg.expression import IntArray
-    from adapterhub_tools.linalg.formats import F64Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,25 +84,9 @@ class Della:
     def _probabilities(self, delta: Tensor) -> Tensor:
         """Returns q_r for every value of some rows."""
         columns = int(delta.shape[1])
-        order = _ascending(delta.abs().numpy())
-        steps = (np.arange(columns) + 0.5) / columns - 0.5
-        levels = np.empty(delta.shape)
-        np.put_along_axis(levels, order, steps[None] * self.epsilon + self.density, axis=1)
-        return torch.from_numpy(levels)
-
-
-def _ascending(magnitudes: F64Array) -> IntArray:
-    """Returns the order of each row by magnitude and then by column; that of zeros is left open.
-
-    A sort that is not stable takes half the time, and rows with equal values are few.
-    """
-    order = np.argsort(magnitudes, axis=1)
-    ordered = np.take_along_axis(magnitudes, order, axis=1)
-    equal = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)
-    again = np.flatnonzero(equal.any(axis=1))
-    if len(again):
-        order[again] = np.argsort(magnitudes[again], axis=1, kind="stable")
-    return order
+        steps = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns - 0.5
+        levels = (steps * self.epsilon + self.density).expand(delta.shape)
+        return torch.empty_like(delta).scatter_(1, ascending(delta.abs()), levels)
 
 
 IMPLEMENTATION = Della
