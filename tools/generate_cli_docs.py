@@ -6,18 +6,15 @@ always called `adaptertool`.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
-from pathlib import Path
 
 import click
 
 from adapterhub_tools.cli.main import cli
+from generated_file import write_or_check
 
 PROGRAM = "adaptertool"
 WIDTH = 100
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 INTRODUCTION = """\
 # Commands
 
@@ -59,32 +56,5 @@ def page() -> str:
     return "\n".join([INTRODUCTION, *sections(cli, PROGRAM, None)])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page; with `--check`, print how it differs instead and return 1."""
-    parser = argparse.ArgumentParser(description="Generate docs/cli.md from the commands' help.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
-    options = parser.parse_args(arguments)
-
-    expected = page()
-    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if found == expected:
-        return 0
-    if options.check:
-        sys.stdout.writelines(
-            difflib.unified_diff(
-                found.splitlines(keepends=True),
-                expected.splitlines(keepends=True),
-                fromfile="docs/cli.md",
-                tofile="generated from the commands",
-            )
-        )
-        print("docs/cli.md is out of date: run `make docs` and commit it.", file=sys.stderr)
-        return 1
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(expected, encoding="utf-8")
-    print(f"wrote docs/cli.md, {len(expected.splitlines())} lines")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("docs/cli.md", page, remedy="run `make docs` and commit it."))

@@ -6,20 +6,16 @@ are not merged come from the table of the PEFT dialect.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import inspect
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from adapterhub_tools import registry
 from adapterhub_tools.dialects._peft.config import table
+from generated_file import write_or_check
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "methods.md"
 INTRODUCTION = """\
 # Methods
 
@@ -141,31 +137,5 @@ def page() -> str:
     return "\n".join(text).rstrip("\n") + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page; with `--check`, print how it differs instead and return 1."""
-    parser = argparse.ArgumentParser(description="Generate docs/methods.md from the methods.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
-    options = parser.parse_args(arguments)
-
-    expected = page()
-    found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if found == expected:
-        return 0
-    if options.check:
-        sys.stdout.writelines(
-            difflib.unified_diff(
-                found.splitlines(keepends=True),
-                expected.splitlines(keepends=True),
-                fromfile="docs/methods.md",
-                tofile="generated from the methods",
-            )
-        )
-        print("docs/methods.md is out of date: run `make docs` and commit it.", file=sys.stderr)
-        return 1
-    PAGE.write_text(expected, encoding="utf-8")
-    print(f"wrote docs/methods.md, {len(expected.splitlines())} lines")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("docs/methods.md", page, remedy="run `make docs` and commit it."))
