@@ -1,9 +1,10 @@
 """Writes adapterhub_tools/architectures/tables.json from the installed transformers.
 
 For each model type it builds the model with one layer on the meta device (no weights), and records the path
-of the embeddings, which parameters are one tensor, which modules store their weight as (in, out), and which
-names differ between memory and disk (``transformers.conversion_mapping``; the names that ``save_pretrained``
-writes are compared with those that the table gives). Run it after an upgrade of transformers;
+of the embeddings, which parameters are one tensor, which modules store their weight as (in, out), which ones
+stay in float32 and which one is last (no loader quantises them), and which names differ between memory and
+disk (``transformers.conversion_mapping``; the names that ``save_pretrained`` writes are compared with those
+that the table gives). Run it after an upgrade of transformers;
 tests/unit/test_architectures.py compares the file with what this script would write.
 
     python tools/build_architectures.py            # writes the table
@@ -133,8 +134,21 @@ def describe(kind: str, model_type: str) -> dict[str, Any]:
         "tied_default": bool(getattr(t.AutoConfig.for_model(model_type), "tie_word_embeddings", False)),
         "unties": not t.AutoConfig.for_model(model_type, tie_word_embeddings=False).tie_word_embeddings,
         "conv1d_modules": sorted(conv1d),
+        "float32_modules": sorted(model._keep_in_fp32_modules or ()),
+        "last_module": _last(model),
         **names_apart(apart),
     }
+
+
+def _last(model: Any) -> str | None:
+    """Returns the path of the last parameter's module, ``*`` for its indices; None if that is no layer."""
+    from torch import nn
+
+    name = list(model.named_parameters())[-1][0]
+    path, _, leaf = name.rpartition(".")
+    if leaf != "weight" or not isinstance(model.get_submodule(path), nn.Linear):
+        return None
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
 def names_apart(model: Any) -> dict[str, Any]:

@@ -35,6 +35,9 @@ class Architecture:
         unties: whether a config can say that embeddings are apart. False for T5, of which transformers 5
             ties what a checkpoint does not store and leaves the rest as it is, whatever the config says.
         conv1d_modules: last parts of the paths of modules that store their weight as (in, out).
+        float32_modules: patterns of modules that a loader never quantises (``_keep_in_fp32_modules``).
+        last_module: path of the linear layer that has the last parameter when embeddings are tied, which a
+            loader does not quantise either; ``*`` stands for the last index. None where it is no such layer.
         renames: names in memory that differ from those on disk.
         converters: weights that are joined, split or transposed on the way to memory.
     """
@@ -48,6 +51,8 @@ class Architecture:
     tied_default: bool
     unties: bool
     conv1d_modules: tuple[str, ...]
+    float32_modules: tuple[str, ...]
+    last_module: str | None
     renames: Renames
     converters: tuple[Converter, ...]
 
@@ -105,6 +110,8 @@ def table() -> dict[str, Architecture]:
             tied_default=row["tied_default"],
             unties=row["unties"],
             conv1d_modules=tuple(row["conv1d_modules"]),
+            float32_modules=tuple(row["float32_modules"]),
+            last_module=row["last_module"],
             renames=Renames(
                 base_prefix=row["base_prefix"],
                 pairs=tuple(Rename(memory=r["memory"], disk=tuple(r["disk"])) for r in row["renames"]),

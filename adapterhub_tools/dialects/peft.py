@@ -16,7 +16,7 @@ from adapterhub_tools.dialects._peft.config import PeftType, base_ref, check_fie
 from adapterhub_tools.dialects._peft.full import FullTensors
 from adapterhub_tools.dialects._peft.keys import PREFIX, Factors, clean, json_kind, limited, split
 from adapterhub_tools.dialects._peft.module_settings import hyperparameters
-from adapterhub_tools.dialects._peft.patterns import key_matches
+from adapterhub_tools.dialects._peft.patterns import key_matches, start_matches
 from adapterhub_tools.dialects._peft.settings import DEFAULT_ALPHA, DEFAULT_RANK
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.dialects._peft.writing import Written
@@ -33,6 +33,7 @@ __all__ = [
     "detect",
     "examine",
     "match_keys",
+    "match_starts",
     "read",
     "targeted",
     "write",
@@ -157,6 +158,20 @@ def match_keys(keys: Sequence[str], paths: Sequence[str], *, loc: str = "") -> l
         FormatError: a key is invalid or takes too long.
     """
     return key_matches(keys, paths, loc=loc)
+
+
+def match_starts(keys: Sequence[str], paths: Sequence[str], *, loc: str = "") -> list[list[int]]:
+    """Returns for each path which keys match it from its start to the end of a part of it, in order.
+
+    Args:
+        keys: regular expressions.
+        paths: module paths.
+        loc: where the keys come from, for messages.
+
+    Raises:
+        FormatError: a key is invalid or takes too long.
+    """
+    return start_matches(keys, paths, loc=loc)
 
 
 def write(adapter: Adapter, *, base_modules: Collection[str] | None = None) -> Written:

@@ -61,7 +61,7 @@ class Fit:
         biases: module path -> the base's bias tensor, for modules whose factors include one.
         full: the tensors carried in full.
         tie: the base's tied embeddings, or None.
-        rule: the rule that took module names to tensor names, in words.
+        names: the rule that took module names to tensor names.
         problems: everything that stands against a merge.
         notes: what was decided by rule.
         whole: the adapter's factors that belong to no single module; each module's method has them too.
@@ -73,7 +73,7 @@ class Fit:
     biases: dict[str, str]
     full: tuple[FittedFull, ...]
     tie: Tie | None
-    rule: str
+    names: NameRule
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     whole: tuple[TargetModule, ...] = ()
@@ -179,7 +179,7 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:
         biases=biases,
         full=tuple(full),
         tie=tie,
-        rule=rule.words,
+        names=rule,
         problems=tuple(problems),
         notes=tuple(notes),
         whole=whole,

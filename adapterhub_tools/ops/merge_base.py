@@ -223,7 +223,7 @@ def _loaded(
         checkpoint=loaded_view(checkpoint, scheme, found.weights, compute),
         weights={},
         parts=parts,
-        notes=(found.note, *(() if asked is not None else _undeclared(opened, scheme))),
+        notes=(*found.notes, *(() if asked is not None else _undeclared(opened, scheme))),
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -85,35 +84,6 @@ def stored_scheme(weights: Mapping[str, QuantizedTensor]) -> QuantScheme | None:
     for weight in weights.values():
         counts[weight.scheme] = counts.get(weight.scheme, 0) + 1
     return max(counts, key=counts.__getitem__, default=None)
-
-
-def is_loaded_quantised(path: str, kind: str, scheme: QuantScheme, *, kept: Collection[str] = ()) -> bool:
-    """Tells whether transformers quantises a module's weight while it loads a 16- or 32-bit base.
-
-    It does so with all linear and Conv1D layers but the output embedding and what is tied to it, or, where
-    the config lists ``llm_int8_skip_modules``, but those.
-
-    Args:
-        path: of the module in memory.
-        kind: of the module.
-        scheme: whose ``skip_modules`` take the place of the loader's own choice.
-        kept: the paths of the output embedding and of modules tied to it.
-    """
-    if kind not in ("linear", "conv1d"):
-        return False
-    if scheme.skip_modules is None:
-        return path not in kept
-    return not any(_skips(pattern, path) for pattern in scheme.skip_modules)
-
-
-def _skips(pattern: str, path: str) -> bool:
-    """Applies one pattern as transformers does: from the start up to the end of a name, or as the end."""
-    if path.endswith(pattern):
-        return True
-    try:
-        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", path) is not None
-    except re.error:
-        return False
 
 
 def recorded_scheme_problems(manifest: Manifest, weights: Mapping[str, QuantizedTensor]) -> list[Problem]:

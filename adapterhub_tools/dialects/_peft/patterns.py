@@ -147,6 +147,31 @@ def key_matches(
     return result
 
 
+def start_matches(keys: Sequence[str], paths: Sequence[str], *, loc: str = "") -> list[list[int]]:
+    r"""Returns for each path the indices of the keys that match its start, in order.
+
+    A key is a regular expression that ends where a part of the path does, ``(?:key)(?:(?<=\.)|(?=\.|$))``.
+
+    Raises:
+        FormatError: as ``matches`` does.
+    """
+    others = [i for i, key in enumerate(keys) if not is_literal(key)]
+    ends = r"(?:(?<=\.)|(?=\.|$))"
+    jobs = [(Pattern(text=f"(?:{keys[i]}){ends}", shown=keys[i], loc=loc), None) for i in others]
+    found = [[i for i, key in enumerate(keys) if is_literal(key) and _starts(key, path)] for path in paths]
+    for i, row in zip(others, _evaluate(jobs, paths), strict=True):
+        for indices, answer in zip(found, row, strict=True):
+            if answer is not None:
+                indices.append(i)
+    return [sorted(indices) for indices in found]
+
+
+def _starts(key: str, path: str) -> bool:
+    """Tells whether a literal key matches the start of a path and ends where a part of it does."""
+    end = len(key)
+    return literal_at(key, path, 0) and (path[end : end + 1] in ("", ".") or path[end - 1 : end] == ".")
+
+
 class _LiteralKeys:
     """Keys without special characters, looked up by hash although their dots stand for any character.
 
