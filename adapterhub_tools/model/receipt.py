@@ -17,33 +17,6 @@ RECEIPT_VERSION = "1.0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiptBase:
-    """The base of a merge.
-
-    Attributes:
-        digest: of all its tensors; None where the check was not ``full``.
-        targets_digest: of the tensors that the adapters change; None where the check was ``off``.
-        config_digest: of its config; None where it has none.
-        checked: what a manifest's record was compared with: ``"full"``, ``"targets"``, ``"off"`` or
-            ``"unrecorded"`` (no manifest names a digest).
-    """
-
-    digest: str | None
-    targets_digest: str | None
-    config_digest: str | None
-    checked: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns every field."""
-        return {
-            "digest": self.digest,
-            "targets_digest": self.targets_digest,
-            "config_digest": self.config_digest,
-            "checked": self.checked,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiptAdapter:
     """One adapter of a merge.
 
@@ -66,6 +39,80 @@ class ReceiptAdapter:
     def to_json(self) -> dict[str, Any]:
         """Returns every field."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierMerge:
+    """A merge as those that were made on top of it remember it.
+
+    Attributes:
+        digest: the content digest of what it wrote.
+        adapters: its adapters, in the order given.
+        options: what was asked that changed the result.
+        undo: whether it wrote an undo file.
+    """
+
+    digest: str
+    adapters: tuple[ReceiptAdapter, ...]
+    options: dict[str, Any]
+    undo: bool
+
+    @property
+    def combination(self) -> CombinationChoice | None:
+        """How the adapters were combined; None where they were added up."""
+        found = self.options.get("combination")
+        return None if found is None else CombinationChoice.from_json(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field."""
+        return {
+            "digest": self.digest,
+            "adapters": [adapter.to_json() for adapter in self.adapters],
+            "options": self.options,
+            "undo": self.undo,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> EarlierMerge:
+        """Reads what ``to_json`` wrote."""
+        adapters = tuple(ReceiptAdapter(**item) for item in data["adapters"])
+        return cls(digest=data["digest"], adapters=adapters, options=data["options"], undo=data["undo"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptBase:
+    """The base of a merge.
+
+    Attributes:
+        digest: of all its tensors; None where the check was not ``full``.
+        targets_digest: of the tensors that the adapters change; None where the check was ``off``.
+        config_digest: of its config; None where it has none.
+        checked: what a manifest's record was compared with: ``"full"``, ``"targets"``, ``"off"`` or
+            ``"unrecorded"`` (no manifest names a digest).
+        earlier: the merges that made it, the latest first, as its own receipt tells.
+    """
+
+    digest: str | None
+    targets_digest: str | None
+    config_digest: str | None
+    checked: str
+    earlier: tuple[EarlierMerge, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every field; ``earlier`` only where there is some."""
+        data = {
+            "digest": self.digest,
+            "targets_digest": self.targets_digest,
+            "config_digest": self.config_digest,
+            "checked": self.checked,
+        }
+        return {**data, "earlier": [merge.to_json() for merge in self.earlier]} if self.earlier else data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ReceiptBase:
+        """Reads what ``to_json`` wrote."""
+        earlier = tuple(EarlierMerge.from_json(item) for item in data.get("earlier", ()))
+        return cls(**{**data, "earlier": earlier})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +190,28 @@ class Receipt:
     @property
     def combination(self) -> CombinationChoice | None:
         """How the adapters were combined; None where they were added up."""
-        found = self.options.get("combination")
-        return None if found is None else CombinationChoice.from_json(found)
+        return self.own.combination
+
+    @property
+    def own(self) -> EarlierMerge:
+        """This merge, as later ones remember it."""
+        return EarlierMerge(
+            digest=self.digest,
+            adapters=self.adapters,
+            options=self.options,
+            undo=self.undo is not None,
+        )
+
+    @property
+    def standing(self) -> tuple[EarlierMerge, ...]:
+        """The merges that are in these weights, the latest first: an approximate undoing takes one off."""
+        found: list[EarlierMerge] = []
+        for merge in reversed((self.own, *self.base.earlier)):
+            if "approximates_base_of" not in merge.options:
+                found.append(merge)
+            elif found:
+                found.pop()
+        return tuple(reversed(found))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the receipt as it stands in the file."""
@@ -174,7 +241,7 @@ class Receipt:
         undo = output.get("undo")
         return cls(
             tool_version=data["tool"]["version"],
-            base=ReceiptBase(**data["base"]),
+            base=ReceiptBase.from_json(data["base"]),
             adapters=tuple(ReceiptAdapter(**item) for item in data["adapters"]),
             options=data["options"],
             guarantee=data["guarantee"],

@@ -124,7 +124,6 @@ class Undo:
         base_config_digest: of its config, or None.
         output_digest: of the merged model, so that the undo file of another merge is refused.
         adapters: the adapters' digests in the receipt's order.
-        earlier: the adapters' digests of the merges that made the base, the latest first.
         headers: weight file of the base -> the blob of its bytes before the data.
         tensors: base tensor -> how it comes back.
         files: other file of the base -> the blob of its content; None where the merged model has it
@@ -136,7 +135,6 @@ class Undo:
     base_config_digest: str | None
     output_digest: str
     adapters: tuple[str, ...]
-    earlier: tuple[tuple[str, ...], ...]
     headers: dict[str, str]
     tensors: dict[str, UndoTensor]
     files: dict[str, str | None]
@@ -149,7 +147,6 @@ class Undo:
             "base": {"digest": self.base_digest, "config_digest": self.base_config_digest},
             "output": {"digest": self.output_digest},
             "adapters": list(self.adapters),
-            "earlier": [list(digests) for digests in self.earlier],
             "headers": self.headers,
             "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
             "files": self.files,
@@ -164,7 +161,6 @@ class Undo:
             base_config_digest=data["base"]["config_digest"],
             output_digest=data["output"]["digest"],
             adapters=tuple(data["adapters"]),
-            earlier=tuple(tuple(digests) for digests in data["earlier"]),
             headers=data["headers"],
             tensors={name: UndoTensor.from_json(item) for name, item in data["tensors"].items()},
             files=data["files"],

@@ -7,15 +7,23 @@ base, NaN, overflow) ends the run while the output is still invisible.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adapterhub_tools.errors import MismatchError
 from adapterhub_tools.model.canonical import canonical_json
 from adapterhub_tools.model.protocols import Progress, SilentProgress
-from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt, ReceiptAdapter, ReceiptTensor
+from adapterhub_tools.model.receipt import (
+    RECEIPT_FILE,
+    EarlierMerge,
+    Receipt,
+    ReceiptAdapter,
+    ReceiptTensor,
+)
 from adapterhub_tools.model.version import VERSION
 from adapterhub_tools.ops.combine_plan import combined_parts
 from adapterhub_tools.ops.device import device_of
+from adapterhub_tools.ops.earlier_merges import earlier_merges, of_these_weights
 from adapterhub_tools.ops.merge_base import MergeBase, settle_base
 from adapterhub_tools.ops.merge_base_check import (
     check_records,
@@ -99,7 +107,8 @@ def merge(
     if started.onto == "quantized":
         planned = requantised(planned, checkpoint.on_disk, started.weights, options)
     side = side_outputs(started, planned, parts, options)
-    notes = started.notes + merge_notes(parts, planned, side)
+    earlier, told = earlier_merges(checkpoint)
+    notes = started.notes + told + merge_notes(parts, planned, side)
     digests = [checked_digest(part) for part in parts]
     undo = plan_undo(checkpoint, planned, side, parts, options)
     if out is not None:
@@ -131,6 +140,7 @@ def merge(
             digests,
             notes,
             started,
+            earlier,
             options,
             algorithm,
             device,
@@ -164,6 +174,7 @@ def _write(
     digests: Sequence[str],
     notes: tuple[str, ...],
     started: MergeBase,
+    earlier: tuple[EarlierMerge, ...],
     options: MergeOptions,
     algorithm: str,
     device: str,
@@ -207,7 +218,7 @@ def _write(
         guarantee = "tolerance"
     receipt = Receipt(
         tool_version=VERSION,
-        base=base,
+        base=replace(base, earlier=of_these_weights(earlier, base.digest)),
         adapters=tuple(
             ReceiptAdapter(
                 digest=digest,

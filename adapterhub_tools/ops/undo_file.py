@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub_tools.errors import FormatError, IntegrityError, Problem, raise_for
+from adapterhub_tools.errors import FormatError, IntegrityError, Problem, escape, raise_for
 from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.model.receipt import Receipt, ReceiptUndo
 from adapterhub_tools.model.undo import DOCUMENT, FRAME, PIECE_BYTES, UNDO_FILE, UNDO_SCHEMA, Undo
 from adapterhub_tools.store import schemas
-from adapterhub_tools.store.files import LocalFile, resolve_inside
+from adapterhub_tools.store.files import LocalFile, path_reason, resolve_inside
 from adapterhub_tools.store.header import SafetensorsHeader, read_header
 from adapterhub_tools.store.strict_json import parse_json
 
@@ -86,6 +86,9 @@ def open_undo(folder: Path, receipt: Receipt) -> Iterator[OpenedUndo]:
         data = parse_json(b"".join(opened), file=UNDO_FILE, max_bytes=_MAX_DOCUMENT)
         raise_for(schemas.check(data, UNDO_SCHEMA, UNDO_FILE), FormatError)
         undo = Undo.from_json(data)
+        for name in (*undo.headers, *undo.files):
+            if reason := path_reason(name):
+                raise _broken(f"the path {escape(name)} {reason}")
         if undo.output_digest != receipt.digest:
             raise IntegrityError.of(
                 "other-undo",

@@ -40,7 +40,6 @@ class UndoPlan:
         bases: base tensor -> its bytes, for those that are not copied.
         files: other file of the base -> blob, or None where the merged model has it unchanged.
         left: files of the base that do not go along.
-        earlier: the adapters' digests of the merges that made the base, the latest first.
         nbytes: about how large the undo file will be.
     """
 
@@ -49,7 +48,6 @@ class UndoPlan:
     bases: dict[str, ByteRange]
     files: dict[str, str | None]
     left: tuple[str, ...]
-    earlier: tuple[tuple[str, ...], ...]
     nbytes: int
 
 
@@ -104,7 +102,6 @@ def plan_undo(
         bases=bases,
         files=files,
         left=left,
-        earlier=_earlier(checkpoint, files),
         nbytes=nbytes,
     )
 
@@ -163,18 +160,3 @@ def _files(
         same = side.copied.get(name) == source
         files[name] = None if same else str(next(numbers))  # type: ignore[call-overload]
     return files, tuple(name for name in present if name not in names | weights)
-
-
-def _earlier(checkpoint: Checkpoint, files: dict[str, str | None]) -> tuple[tuple[str, ...], ...]:
-    """Returns which adapters the base was merged with before, as far as its receipts tell."""
-    if RECEIPT_FILE not in files:
-        return ()
-    from adapterhub_tools.ops.receipt_file import load_receipt
-    from adapterhub_tools.ops.undo_file import open_undo
-
-    receipt = load_receipt(checkpoint.root)
-    own = tuple(adapter.digest for adapter in receipt.adapters)
-    if receipt.undo is None or UNDO_FILE not in files:
-        return (own,)
-    with open_undo(checkpoint.root, receipt) as opened:
-        return (own, *opened.undo.earlier)

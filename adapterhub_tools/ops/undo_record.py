@@ -147,7 +147,6 @@ class UndoRecording:
             base_config_digest=base.config_digest,
             output_digest=output_digest,
             adapters=tuple(adapters),
-            earlier=plan.earlier,
             headers=plan.headers,
             tensors=plan.tensors,
             files=plan.files,

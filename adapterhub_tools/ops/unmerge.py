@@ -6,27 +6,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools.errors import FormatError, IntegrityError, MismatchError
-from adapterhub_tools.model.plan import ByteRange, OutputFile, Term
+from adapterhub_tools.errors import IntegrityError
+from adapterhub_tools.model.plan import ByteRange, OutputFile
 from adapterhub_tools.model.protocols import OpenSource, Progress, SilentProgress
 from adapterhub_tools.model.receipt import Receipt
-from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, SCALED, UNDO_FILE, ZERO, UndoTerm
-from adapterhub_tools.ops.adapter_digest import adapter_digest
-from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
+from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, SCALED, UNDO_FILE, ZERO
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.ops.device import device_of
 from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.undo_file import OpenedUndo, open_undo
+from adapterhub_tools.ops.unmerge_order import last_merge, match_adapters
 from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
+from adapterhub_tools.ops.unmerge_terms import contradiction, terms_of
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.destination import check_destination, check_space
 from adapterhub_tools.store.digest import root_digest, split_digest
 from adapterhub_tools.store.directory import StagedDirectory, stage
 from adapterhub_tools.store.files import LocalFile, resolve_inside
 from adapterhub_tools.store.header import SafetensorsHeader, read_header
-
-_OTHER_MERGE = (
-    "Give the adapters that the receipt names; `adaptertool hash` and `inspect` tell which they are."
-)
 
 
 def unmerge(
@@ -60,15 +57,15 @@ def unmerge(
     elif not options.dry_run:
         raise ValueError("out may be None only in a dry run")
     receipt = load_receipt(merged)
+    last = last_merge(receipt)
+    opened = match_adapters(receipt, adapters)
     if options.approximate:
         from adapterhub_tools.ops.unmerge_approximate import approximate
 
-        opened = match_adapters(receipt, adapters)
         ordered = [item.files.root for item in opened]
-        return approximate(merged, ordered, out, receipt, options, progress)
+        return approximate(merged, ordered, out, receipt, last, options, progress)
     checkpoint = open_checkpoint(merged)
     with open_undo(merged, receipt) as undo:
-        opened = match_adapters(receipt, adapters, undo.undo.earlier)
         headers = {file: _base_header(undo, file, blob) for file, blob in undo.undo.headers.items()}
         files = tuple(
             OutputFile(name=file, header=raw, length=header.length) for file, (raw, header) in headers.items()
@@ -96,51 +93,6 @@ def unmerge(
         digest=digest,
         notes=notes,
     )
-
-
-def match_adapters(
-    receipt: Receipt, paths: Sequence[Path], earlier: Sequence[Sequence[str]] = ()
-) -> list[OpenedAdapter]:
-    """Returns the adapters in the receipt's order.
-
-    Args:
-        receipt: of the merge.
-        paths: the adapters' folders, in any order.
-        earlier: the adapters' digests of the merges before, the latest first.
-
-    Raises:
-        MismatchError: one of the merge is not given, or one that was not part of it is.
-    """
-    given: dict[str, tuple[Path, OpenedAdapter]] = {}
-    for path in paths:
-        item = read_adapter(path, accept_embeddings=True)
-        given[adapter_digest(item.files, item.adapter)] = (path, item)
-    wanted = [adapter.digest for adapter in receipt.adapters]
-    for digest, (path, _) in given.items():
-        if digest in wanted:
-            continue
-        if any(digest in digests for digests in earlier):
-            raise MismatchError.of(
-                "out-of-order",
-                f"it was merged before; the last merge was of {', '.join(wanted)}.",
-                file=str(path),
-                remedy="Undo the last merge first, with its adapters; then this one.",
-            )
-        raise MismatchError.of(
-            "other-adapter",
-            f"its digest is {digest}, but the merge was of {', '.join(wanted)}.",
-            file=str(path),
-            remedy=_OTHER_MERGE,
-        )
-    missing = [digest for digest in wanted if digest not in given]
-    if missing:
-        raise MismatchError.of(
-            "missing-adapter",
-            f"the merge was of {', '.join(wanted)}; not given: {', '.join(missing)}.",
-            loc="--adapter",
-            remedy=_OTHER_MERGE,
-        )
-    return [given[digest][1] for digest in wanted]
 
 
 def _base_header(undo: OpenedUndo, file: str, blob: str) -> tuple[bytes, SafetensorsHeader]:
@@ -181,7 +133,7 @@ def _restores(
     digests = {tensor.name: bytes.fromhex(tensor.digest) for tensor in receipt.tensors}
     listed = {name for header in headers.values() for name in header.tensors}
     if listed != set(undo.undo.tensors):
-        raise _contradiction("its headers and its tensors have different names")
+        raise contradiction("its headers and its tensors have different names")
     items = []
     for file, header in headers.items():
         for name, spec in header.tensors.items():
@@ -199,7 +151,7 @@ def _restores(
                 if stored.spec.shape != spec.shape or (
                     tensor.predictor == COPY and stored.spec.dtype != spec.dtype
                 ):
-                    raise _contradiction(f"{name} has another shape or dtype in the merged model")
+                    raise contradiction(f"{name} has another shape or dtype in the merged model")
                 merged = ByteRange(uri=checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
             items.append(
                 Restore(
@@ -210,44 +162,20 @@ def _restores(
                     merged=merged,
                     digest=None if merged is None else digests[name],
                     records=None if tensor.blob is None else undo.blob(tensor.blob),
-                    terms=tuple(_term(term, adapters) for term in tensor.terms),
+                    terms=terms_of(tensor, spec, merged, adapters),
                     gains=None if tensor.gains is None else b"".join(undo.unpack(tensor.gains)),
                 )
             )
             if tensor.predictor == SCALED and (len(tensor.terms) != 1 or tensor.gains is None):
-                raise _contradiction(f"{name} has no gains, or not one term")
+                raise contradiction(f"{name} has no gains, or not one term")
             if tensor.predictor in (NEGATED_SUM, SCALED, MERGED) and spec.dtype not in (
                 "F64",
                 "F32",
                 "BF16",
                 "F16",
             ):
-                raise _contradiction(f"{name} is of a dtype that nothing predicts")
+                raise contradiction(f"{name} is of a dtype that nothing predicts")
     return items
-
-
-def _term(term: UndoTerm, adapters: Sequence[OpenedAdapter]) -> Term:
-    if term.adapter >= len(adapters):
-        raise _contradiction("it names an adapter that the receipt does not")
-    files = adapters[term.adapter].files
-    factors = {}
-    for role, spec in term.factors.items():
-        if files.header is None or files.header.tensors.get(spec.name) != spec:
-            raise MismatchError.of(
-                "renamed-factors",
-                f"the adapter has no tensor {spec.name} of {spec.dtype} {list(spec.shape)}; it has the same "
-                "content in another form.",
-                file=str(files.path),
-                remedy="Give the adapter in the form in which it was merged.",
-            )
-        factors[role] = ByteRange(uri=str(files.path), offset=files.header.offsets[spec.name], spec=spec)
-    return Term(
-        module=term.module,
-        method=term.method,
-        hparams=term.hparams,
-        factors=factors,
-        placement=term.placement,
-    )
 
 
 def _write(
@@ -342,9 +270,3 @@ def _unpack_file(staged: StagedDirectory, undo: OpenedUndo, name: str, blob: str
     finally:
         os.close(descriptor)
     staged.mark_synced(name)
-
-
-def _contradiction(what: str) -> FormatError:
-    return FormatError.of(
-        "undo-file", f"{what}.", file=UNDO_FILE, remedy="The file is damaged: get it again."
-    )

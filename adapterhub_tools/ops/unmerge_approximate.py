@@ -15,7 +15,7 @@ from adapterhub_tools import registry
 from adapterhub_tools.errors import IntegrityError, LossyError, UnsupportedError
 from adapterhub_tools.model.combination import CombinationChoice
 from adapterhub_tools.model.protocols import Progress
-from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt
+from adapterhub_tools.model.receipt import RECEIPT_FILE, EarlierMerge, Receipt
 from adapterhub_tools.ops.merge import merge
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.module_kinds import is_additive
@@ -23,12 +23,16 @@ from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.digest import digest_checkpoint, root_digest, split_digest
 
+_REMEDY = "Use the base itself; or merge with --undo next time."
+_NARROW = ("bfloat16", "float16")
+
 
 def approximate(
     merged: Path,
     adapters: Sequence[Path],
     out: Path | None,
     receipt: Receipt,
+    last: EarlierMerge,
     options: UnmergeOptions,
     progress: Progress | None,
 ) -> UnmergeReport:
@@ -36,26 +40,27 @@ def approximate(
 
     Args:
         merged: the merged folder.
-        adapters: its adapters in the receipt's order.
+        adapters: those of ``last``, in its order.
         out: the folder to make; None only with ``dry_run``.
-        receipt: of the merge.
+        receipt: of the merged folder.
+        last: the merge to take off.
         options: see UnmergeOptions.
         progress: told the bytes read.
 
     Raises:
-        LossyError: the merge replaced tensors; what was there before is gone.
+        LossyError: the merge replaced tensors, or cast them to a narrower dtype: what was there is gone.
         UnsupportedError: one of the methods is not a sum, so that its delta cannot be subtracted; or the
             merge wrote a quantised base.
         IntegrityError: the merged model was changed after the merge.
     """
-    _refuse(receipt)
+    _refuse(receipt, last)
     _check_unchanged(merged, receipt, options)
     report = merge(
         merged,
         adapters,
         out,
         MergeOptions(
-            scales=tuple(-adapter.scale for adapter in receipt.adapters),
+            scales=tuple(-adapter.scale for adapter in last.adapters),
             replace=options.replace,
             allow_replace_gap=options.allow_replace_gap,
             device=options.device,
@@ -64,7 +69,7 @@ def approximate(
             check_base="off",
             accept_embeddings=True,
             onto="original",  # the merged weights as they are, whatever the adapters were trained on
-            combination=_negated(receipt.combination),
+            combination=_negated(last.combination),
             approximates=receipt.digest,
         ),
         progress,
@@ -87,29 +92,39 @@ def approximate(
     )
 
 
-def _refuse(receipt: Receipt) -> None:
-    if receipt.options.get("onto") == "quantized":
+def _refuse(receipt: Receipt, last: EarlierMerge) -> None:
+    if last.options.get("onto") == "quantized":
         raise UnsupportedError.of(
             "undo-quantised",
             "the merge quantised its weights again, in steps too wide for a difference to be taken back.",
             loc="--approximate",
             remedy="Use the base itself.",
         )
-    full = sum(adapter.full for adapter in receipt.adapters)
+    full = sum(adapter.full for adapter in last.adapters)
     if full:
         raise LossyError.of(
             "replaced",
             f"the merge replaced {full} tensors (or rows of them); what was there before is gone.",
             loc="--approximate",
-            remedy="Use the base itself; or merge with --undo next time.",
+            remedy=_REMEDY,
         )
-    for adapter in receipt.adapters:
+    # The base's dtype is not recorded: that nothing was cast shows in tensors that were copied.
+    actions = {tensor.action for tensor in receipt.tensors} if last == receipt.own else set()
+    if last.options["dtype"] in _NARROW and ("cast" in actions or "copy" not in actions):
+        raise LossyError.of(
+            "cast",
+            f"the merge wrote {last.options['dtype']} weights by --dtype; what the base's had beyond that is "
+            "gone.",
+            loc="--approximate",
+            remedy=_REMEDY,
+        )
+    for adapter in last.adapters:
         if not is_additive(adapter.method):
             raise UnsupportedError.of(
                 "not-additive",
                 f"{adapter.method} does not add a delta that could be subtracted.",
                 loc="--approximate",
-                remedy="Use the base itself; or merge with --undo next time.",
+                remedy=_REMEDY,
             )
 
 
@@ -140,7 +155,7 @@ def _negated(choice: CombinationChoice | None) -> CombinationChoice | None:
             "combined",
             f"the adapters were combined by {choice.method}, which is no sum that could be subtracted.",
             loc="--approximate",
-            remedy="Use the base itself; or merge with --undo next time.",
+            remedy=_REMEDY,
         )
     weights = {pattern: tuple(-weight for weight in found) for pattern, found in choice.weights.items()}
     return replace(choice, weights=weights)

@@ -8,6 +8,7 @@ from typing import Any
 from adapterhub_tools.errors import Problem
 from adapterhub_tools.model.receipt import RECEIPT_FILE, Receipt
 from adapterhub_tools.ops.adapter_digest import adapter_digest
+from adapterhub_tools.ops.earlier_merges import earlier_merges
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan
 from adapterhub_tools.ops.module_kinds import guarantee_of
@@ -63,6 +64,13 @@ def _about_inputs(
 ) -> Iterator[tuple[str, Any, Any]]:
     if receipt.base.config_digest is not None and base.config is not None:
         yield "/base/config_digest", receipt.base.config_digest, config_digest(base.config)
+    told, _ = earlier_merges(base)
+    if receipt.base.earlier and told:
+        yield (
+            "/base/earlier",
+            [merge.to_json() for merge in receipt.base.earlier],
+            [merge.to_json() for merge in told],
+        )
     digests = [adapter_digest(part.opened.files, part.opened.adapter) for part in parts]
     if sorted(digests) != sorted(adapter.digest for adapter in receipt.adapters):
         return  # of other adapters nothing can be said

@@ -138,3 +138,14 @@ def test_nothing_approximates_the_base_of_a_changed_model(merged: Path) -> None:
     with pytest.raises(IntegrityError, match="was changed after the merge"):
         at.unmerge(merged, folder / "undone", adapter=folder / "adapter", approximate=True)
     assert not (folder / "undone").exists()
+
+
+def test_the_merges_before(merged: Path) -> None:
+    """What a receipt remembers of them is what the base's own receipt tells."""
+    folder = merged.parent
+    other = make_adapter(folder / "other", seed=5, delta=0.2)
+    at.merge(merged, other, folder / "again")
+    assert at.verify(base=merged, adapter=other, merged=folder / "again").ok
+    edit(folder / "again", lambda r: r["base"]["earlier"][0].update(undo=False))
+    report = at.verify(base=merged, adapter=other, merged=folder / "again")
+    assert [problem.loc for problem in report.problems] == ["/base/earlier"]
