@@ -30,21 +30,6 @@ from tests.tiny_files import (
 PROGRAM = str(Path(sys.executable).with_name("adaptertool"))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(tmp_path_factory.mktemp("cache") / "digests.sqlite"))
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return make_adapter(tmp_path / "adapter")
-
-
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the installed program, without a terminal."""
     return subprocess.run(

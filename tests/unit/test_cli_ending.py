@@ -17,7 +17,7 @@ import adapterhub_tools as at
 from adapterhub_tools.cli.main import COMMANDS, cli
 from adapterhub_tools.store import working_folder
 from adapterhub_tools.store.directory import stage
-from tests.tiny_files import make_adapter, make_base
+from tests.tiny_files import make_adapter
 
 PROGRAM = str(Path(sys.executable).with_name("adaptertool"))
 LONG = "a/" * 2500
@@ -36,21 +36,6 @@ run.run_step = slow
 from adapterhub_tools.cli.main import main
 main()
 """
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(tmp_path_factory.mktemp("cache") / "digests.sqlite"))
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return make_adapter(tmp_path / "adapter")
 
 
 def heed_signals() -> None:

@@ -16,24 +16,9 @@ import adapterhub_tools as at
 from adapterhub_tools.cli.output import Output, distribution_text, share_text, size_text
 from adapterhub_tools.cli.progress import TerminalProgress, progress_for
 from adapterhub_tools.model.protocols import SilentProgress
-from tests.tiny_files import make_adapter, make_base, write_json
+from tests.tiny_files import make_adapter, write_json
 
 PROGRAM = str(Path(sys.executable).with_name("adaptertool"))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(tmp_path_factory.mktemp("cache") / "digests.sqlite"))
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return make_adapter(tmp_path / "adapter")
 
 
 def in_a_pipe(*arguments: object) -> str:

@@ -12,13 +12,6 @@ import adapterhub_tools as at
 from tests.tiny_files import Tensor, base_tensors, make_base, write_json, write_safetensors
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "digests.sqlite"
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(path))
-    return path
-
-
 def write_shards(folder: Path, tensors: dict[str, Tensor], count: int) -> None:
     names = list(tensors)
     weight_map = {}

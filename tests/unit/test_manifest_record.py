@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,37 +9,13 @@ from typing import Any
 import pytest
 
 import adapterhub_tools as at
-from tests.tiny_files import make_adapter, make_base
-
-NAME = "adapter_manifest.json"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(tmp_path_factory.mktemp("cache") / "digests.sqlite"))
+from tests.unit.manifests import edit, found
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path, base: Path) -> Path:
-    folder = make_adapter(tmp_path / "adapter")
-    at.init(folder, base=base)
-    return folder
-
-
-def found(report: at.ValidationReport) -> set[tuple[str, str]]:
-    return {(finding.error.__name__, finding.problem.kind) for finding in report.errors}
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / NAME
-    data = json.loads(path.read_text(encoding="utf-8"))
-    change(data)
-    path.write_text(json.dumps(data), encoding="utf-8")
+def adapter(adapter: Path, base: Path) -> Path:
+    at.init(adapter, base=base)
+    return adapter
 
 
 @pytest.mark.parametrize(

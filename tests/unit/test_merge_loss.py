@@ -19,11 +19,6 @@ from adapterhub_tools.model.loss import Loss
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(tmp_path_factory.mktemp("cache") / "digests.sqlite"))
-
-
 def write_base(folder: Path, *, rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors = {

@@ -13,22 +13,7 @@ from click.testing import CliRunner
 import adapterhub_tools as at
 from adapterhub_tools.cli.main import cli
 from adapterhub_tools.model.base import is_repository_id
-from tests.tiny_files import ROWS, WIDTH, counted, make_adapter, make_base, write_json
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAPTERTOOL_CACHE", str(tmp_path_factory.mktemp("cache") / "digests.sqlite"))
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return make_base(tmp_path / "base")
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return make_adapter(tmp_path / "adapter")
+from tests.tiny_files import ROWS, WIDTH, counted, make_adapter, write_json
 
 
 def configure(base: Path, changes: Mapping[str, Any]) -> None:
