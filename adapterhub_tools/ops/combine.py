@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_adapter
 from adapterhub_tools.ops.base_rows import memory_paths
-from adapterhub_tools.ops.combine_bias import with_biases
+from adapterhub_tools.ops.combine_bias import add_in_full, bias_sums, biases_in_full, with_biases
 from adapterhub_tools.ops.combine_config import common_config, common_side
 from adapterhub_tools.ops.combine_full import (
     CombinedFull,
@@ -33,6 +34,9 @@ from adapterhub_tools.ops.spool import Spool
 from adapterhub_tools.ops.to_lora import LowRankParts, complete_biases
 from adapterhub_tools.store.destination import check_destination
 from adapterhub_tools.store.digest import DEFAULT, root_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MUCH = 0.01
 """An error above it is told where nobody asked for the rank."""
@@ -96,7 +100,11 @@ def combine(
             full = combine_full(inputs, carried, weights, options.full, tensors)
             threads = options.threads or default_threads()
             work = Work(inputs, method, ordered, tensors, threads, progress or SilentProgress())
-            done = _by_deltas(work, joints, full)
+            sums = bias_sums(inputs, joints)
+            if biases_in_full(inputs, joints, sums):
+                add_in_full(inputs, joints, sums, carried, work, full)
+                sums = {}
+            done = _by_deltas(work, joints, full, sums)
         report, draft = _finish(inputs, tensors, joints, done, full, options)
         if options.dry_run or out is None:
             return report
@@ -113,7 +121,9 @@ def combine(
     )
 
 
-def _by_deltas(work: Work, joints: Sequence[Joint], full: CombinedFull) -> list[Combined]:
+def _by_deltas(
+    work: Work, joints: Sequence[Joint], full: CombinedFull, biases: Mapping[str, Tensor]
+) -> list[Combined]:
     from adapterhub_tools.engine.workers import in_order
 
     budget = None if work.options.policy is None else work.options.policy.budget
@@ -122,7 +132,7 @@ def _by_deltas(work: Work, joints: Sequence[Joint], full: CombinedFull) -> list[
     ranks = choose_ranks(work, joints, sum(spec.nbytes if in_bytes else spec.elements for spec in specs))
     work.progress.start("combining", sum(nbytes_of(joint) + base_nbytes_of(joint) for joint in joints))
     results = in_order(lambda j: work.combine(j, ranks.get(j.path)), joints, work.threads)
-    done = [with_biases(work, joint, result) for joint, result in zip(joints, results, strict=True)]
+    done = [with_biases(work, joint, result, biases) for joint, result in zip(joints, results, strict=True)]
     work.progress.finish()
     refuse_zero_sum([item.report.norm for item in done if item.report is not None])
     return done

@@ -112,7 +112,7 @@ class SumContent:
             yield bytes(stored.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class _Held:
+class Held:
     """A small matrix in memory as Rows."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
@@ -154,7 +154,7 @@ def carried_in_full(inputs: Sequence[CombineInput]) -> dict[str, list[Carried]]:
                     role="bias" if target.is_bias else "modules_to_save",
                     spec=spec,
                     rows=None,
-                    values=_Held(changed(item.effects, target).reshape(*_matrix(spec.shape))),
+                    values=Held(changed(item.effects, target).reshape(*_matrix(spec.shape))),
                     stored=False,
                 )
             )

@@ -63,7 +63,6 @@ class Work:
         dtype: that of the factors: the widest of the inputs, unless asked otherwise.
         factored: whether the method is a sum with coefficients.
         exact: whether the rank is that of the sum, without any policy.
-        has_biases: whether an input adds to biases (``lora_bias``).
     """
 
     def __init__(
@@ -85,13 +84,6 @@ class Work:
         self.dtype: str = widest(inputs) if options.dtype is None else DTYPE_NAMES[options.dtype]
         self.factored: bool = hasattr(method, "coefficients")
         self.exact: bool = options.policy is None and self.factored and method.default_rank == "exact"
-
-        self.has_biases: bool = any(
-            "bias" in module.factors
-            for item in inputs
-            if item.plain
-            for module in item.opened.adapter.modules
-        )
 
     def product(self, member: Member) -> ScaledProduct:
         """Returns a plain member's delta s·B·A, the factors as matrices in their stored dtypes."""
