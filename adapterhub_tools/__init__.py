@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from adapterhub_tools.errors import (
         AdapterError,
+        DeviceError,
         FormatError,
         HubError,
         IntegrityError,
@@ -95,6 +96,7 @@ _HOMES = {
     ),
     "errors": (
         "AdapterError",
+        "DeviceError",
         "FormatError",
         "HubError",
         "IntegrityError",
@@ -137,6 +139,7 @@ __all__ = [
     "CombineReport",
     "CombinedInput",
     "ContentDigest",
+    "DeviceError",
     "FileRecord",
     "FormatError",
     "FullTensor",

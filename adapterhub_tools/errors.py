@@ -10,9 +10,11 @@ The class of an error is the exit code of the command line::
     ├ LossyError 6         not exactly representable or invertible; a named flag allows it
     ├ IntegrityError 7     an input's digest or signature differs from what is recorded
     ├ StoreError 8         could not read or commit; the destination is untouched
-    └ HubError 9           every error of a remote store, mapped
+    ├ HubError 9           every error of a remote store, mapped
+    └ DeviceError 10       the device that was asked for is not here
 
-0 is done or passed, 1 is "ran and found problems", 2 is a usage error, 10 is "could not check".
+0 is done or passed, 1 is "ran and found problems", 2 is a usage error, 10 is "could not check", or not
+compute on the device that was asked for.
 A script may retry on 8 and 10; 1 to 7 stay the same however often they are tried.
 
 A message names the file, the tensor or key, what was found, what was expected and the remedy.
@@ -162,6 +164,12 @@ class HubError(AdapterError):
     """A remote store failed, refused or answered something unusable."""
 
     exit_code = 9
+
+
+class DeviceError(AdapterError):
+    """The device that was asked for is not here, so nothing was computed; elsewhere it may be."""
+
+    exit_code = EXIT_COULD_NOT_CHECK
 
 
 def raise_for(problems: Sequence[Problem], error: type[AdapterError]) -> None:

@@ -293,6 +293,7 @@ def merge(
         LossyError: a result overflows the output's dtype, or less than half of the change survives in a
             quantised output.
         StoreError: could not read or write; the destination is untouched.
+        DeviceError: the device is not here.
         ValueError: a value that an option does not have: an unknown dtype, device or ``check_base``, fewer
             than one thread, a scale that is not finite, another number of scales than one or one for each
             adapter, or no ``out`` without ``dry_run``.

@@ -48,6 +48,8 @@ def unmerge(
         MismatchError: the adapters are not those of the merge.
         IntegrityError: the merged model or the undo file is not what the receipt records.
         StoreError: could not read or write; the destination is untouched.
+        DeviceError: the device is not here.
+        ValueError: an unknown device.
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import unmerge as op
@@ -109,8 +111,10 @@ def verify(
         MismatchError: an adapter does not fit the base.
         UnsupportedError: an extra is not installed, or the models cannot be run.
         ValueError: neither a receipt, a key, nor base and adapter to compare with; a scale that is not
-            finite, or another number of them than one or one for each adapter.
+            finite, or another number of them than one or one for each adapter; an unknown device, or CUDA
+            where nothing but digests and signatures is compared, which only the CPU does.
         StoreError: a file cannot be read.
+        DeviceError: the device is not here.
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import verify as op
@@ -120,6 +124,8 @@ def verify(
     from adapterhub_tools.ops.verify_signature import verify_signature, with_signature
 
     folder = local_path(merged)
+    if device == "cuda" and (receipt or base is None):
+        raise ValueError("digests and signatures are compared on the CPU")
     if logits:
         require_extra()
     adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)

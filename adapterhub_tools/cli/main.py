@@ -76,8 +76,8 @@ def cli() -> None:
 
     Exit codes: 0 done or passed; 1 checked and found problems; 2 wrong usage; 3 a file is not what it
     claims to be; 4 not supported; 5 the adapter does not fit the base; 6 not exactly possible; 7 a digest
-    differs; 8 could not read or write; 9 a remote store failed; 10 could not check; 128 + n ended by
-    signal n.
+    differs; 8 could not read or write; 9 a remote store failed; 10 could not check, or there is no such
+    device; 128 + n ended by signal n.
     """
 
 

@@ -100,6 +100,8 @@ def command(
         raise click.UsageError(
             "--logits needs BASE, ADAPTER and MERGED, and --input-ids needs --logits.", context
         )
+    if alone and device == "cuda":
+        raise click.UsageError("digests and signatures are compared on the CPU: leave --device out.", context)
     check_scales(scale, len(scale) if alone else len(models) - 2)
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     try:

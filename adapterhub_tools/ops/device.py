@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from adapterhub_tools.errors import UnsupportedError
+from adapterhub_tools.errors import DeviceError
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def device_of(asked: str) -> str:
     """Returns where to compute: ``"cpu"`` or ``"cuda"``; ``"auto"`` is the CPU.
 
+    Args:
+        asked: one of DEVICES.
+
     Raises:
-        UnsupportedError: CUDA is asked for and there is none.
+        DeviceError: CUDA is asked for and there is none: never does the CPU step in for it.
+        ValueError: it is something else; the command line refuses it earlier.
     """
+    if asked not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {asked!r}")
     if asked != "cuda":
         return "cpu"
     import torch
 
     if not torch.cuda.is_available():
-        raise UnsupportedError.of(
+        # What a build is for is the first thing to look at, a driver that is missing or too old the second.
+        made_for = torch.version.cuda or torch.version.hip
+        found = f"is made for {made_for}, but finds no device" if made_for else "is a build without CUDA"
+        raise DeviceError.of(
             "device",
-            "there is no CUDA device here.",
+            f"there is no CUDA device here: torch {torch.__version__} {found}.",
             loc="--device",
-            remedy="Use --device cpu; the bytes are the same.",
+            remedy="Run it where there is one, with a build of torch for CUDA, or use --device cpu.",
         )
     return "cuda"
+
+
+def device_name(device: str) -> str:
+    """Returns what a report calls the device: ``"cpu"``, or the name of the GPU."""
+    if device == "cpu":
+        return device
+    import torch
+
+    name: str = torch.cuda.get_device_name()
+    return name

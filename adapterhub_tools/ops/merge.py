@@ -78,8 +78,10 @@ def merge(
             of the merge to replay.
         LossyError: a result overflows the output's dtype.
         StoreError: the output cannot be written; nothing is at ``out`` that was not there before.
+        DeviceError: the device is not here.
     """
     options.check_values()
+    device = device_of(options.device)
     if not adapters:
         raise MismatchError.of("no-adapter", "no adapter was given.", remedy="Give at least one.")
     inputs = [base.root if isinstance(base, Checkpoint) else base, *adapters]
@@ -95,7 +97,6 @@ def merge(
     parts = combined_parts(started.parts, options.combination)
     check_records(parts, checkpoint, options)
     algorithm = recorded_algorithm(opened)
-    device = device_of(options.device)
     signer = None if options.sign is None else Signer(options.sign)
 
     from adapterhub_tools.engine.run import buffer_bytes, default_threads

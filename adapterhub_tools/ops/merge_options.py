@@ -106,7 +106,5 @@ class MergeOptions:
             raise ValueError(f"compute_dtype must be one of {known}, not {self.compute_dtype!r}")
         if self.loss is not None and self.loss not in LOSS_KINDS:
             raise ValueError(f"loss must be one of {', '.join(LOSS_KINDS)}, not {self.loss!r}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, not {self.device!r}")
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads must be at least 1")

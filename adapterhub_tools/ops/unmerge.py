@@ -50,7 +50,9 @@ def unmerge(
         MismatchError: an adapter of the merge is not given, or one that was not part of it is.
         IntegrityError: the merged model or the undo file is not the one that the receipt records.
         StoreError: the output cannot be written; nothing is at ``out`` that was not there before.
+        DeviceError: the device is not here.
     """
+    device = device_of(options.device)
     inputs = [merged, *adapters]
     if out is not None:
         check_destination(out, inputs=inputs, replace=options.replace)
@@ -80,7 +82,9 @@ def unmerge(
             with stage(
                 out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
             ) as staged:
-                digest = _write(staged, undo, receipt, checkpoint, opened, items, files, options, progress)
+                digest = _write(
+                    staged, undo, receipt, checkpoint, opened, items, files, options, device, progress
+                )
                 staged.commit(None)
             notes += tuple(f"could not be removed: {name}" for name in staged.left)
     return UnmergeReport(
@@ -187,6 +191,7 @@ def _write(
     items: Sequence[Any],
     files: Sequence[OutputFile],
     options: UnmergeOptions,
+    device: str,
     progress: Progress | None,
 ) -> str:
     from adapterhub_tools.engine.restore_run import restore_all
@@ -201,7 +206,7 @@ def _write(
             sources=_sources(undo, checkpoint, adapters),
             algorithm=algorithm,
             threads=options.threads or default_threads(),
-            device=device_of(options.device),
+            device=device,
             progress=progress or SilentProgress(),
         )
     except OSError as error:

@@ -15,6 +15,7 @@ from adapterhub_tools.model.tensor import FLOAT_DTYPES
 from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import read_adapter
 from adapterhub_tools.ops.combine_plan import combined_parts
+from adapterhub_tools.ops.device import device_name, device_of
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
@@ -57,19 +58,12 @@ def verify(
     Raises:
         AdapterError: the base or an adapter is broken, or they do not fit each other.
         StoreError: a file cannot be read.
+        DeviceError: the device is not here.
     """
     if options.sample not in SAMPLES:
         raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, not {options.sample!r}")
-    device, shown, problem = _device(options.device)
-    if problem is not None:
-        return VerifyReport(
-            path=str(merged),
-            mode=options.sample,
-            device=options.device,
-            tensors=(),
-            problems=(),
-            unchecked=(problem,),
-        )
+    device = device_of(options.device)
+    shown = device_name(device)
     checkpoint = open_checkpoint(base)
     problems: list[Problem] = []
     try:
@@ -139,25 +133,6 @@ def verify(
         seed=run.seed,
         scales=tuple(part.scale for part in parts),
     )
-
-
-def _device(asked: str) -> tuple[str, str, Problem | None]:
-    if asked != "cuda":
-        return "cpu", "cpu", None
-    import torch
-
-    if not torch.cuda.is_available():
-        return (
-            "cpu",
-            "cpu",
-            Problem(
-                kind="device",
-                message="there is no CUDA device here.",
-                loc="--device",
-                remedy="Run it where there is one, or use --device cpu.",
-            ),
-        )
-    return "cuda", torch.cuda.get_device_name(), None
 
 
 def _parts(

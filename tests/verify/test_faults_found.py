@@ -191,23 +191,6 @@ def test_an_undo_file_of_another_merge(tmp_path: Path) -> None:
     assert [(p.kind, p.file) for p in report.problems] == [("file-digest", "merge.undo")]
 
 
-def test_cuda_without_a_device_is_not_a_silent_run_on_the_cpu(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from adapterhub_tools.cli.main import cli
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
-    scene(tmp_path)
-    names = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
-    result = CliRunner().invoke(cli, ["verify", *names, "--device", "cuda", "--json"])
-    assert result.exit_code == 10
-    report = json.loads(result.output)
-    assert report["device"] == "cuda"
-    assert report["tensors"] == []
-    assert not report["ok"]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sample", ["rows", "full"])
