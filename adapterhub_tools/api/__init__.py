@@ -245,6 +245,7 @@ def merge(
     onto: str | None = None,
     quant: str | None = None,
     compute_dtype: str | None = None,
+    skip_modules: Sequence[str] | None = None,
     loss: str | None = None,
     allow_loss: bool = False,
     sign: Reference | None = None,
@@ -278,6 +279,9 @@ def merge(
             ``"fp4"``, ``"int8"``; None takes the manifest's record.
         compute_dtype: the dtype of the dequantised weights: ``"bf16"``, ``"fp16"`` or ``"fp32"``; None takes
             the record of the manifest or of the base.
+        skip_modules: what ``llm_int8_skip_modules`` was while the base was loaded for training, where it was
+            set: modules that were not quantised; None takes the manifest's record, or else the loader's own
+            choice.
         loss: whether to measure first how much of the change the output holds: ``"sampled"``, ``"full"`` or
             ``"off"``; None takes a sample in a dry run of a local base, and for a quantised output.
         allow_loss: whether a quantised output may hold less than half of the change.
@@ -304,6 +308,8 @@ def merge(
     from adapterhub_tools.ops import merge as op
     from adapterhub_tools.ops.merge_options import MergeOptions
 
+    if isinstance(skip_modules, str):
+        skip_modules = [skip_modules]
     options = MergeOptions(
         scales=(scale,) if isinstance(scale, int | float) else tuple(scale),
         dtype=dtype,
@@ -321,6 +327,7 @@ def merge(
         onto=onto,
         quant=quant,
         compute_dtype=compute_dtype,
+        skip_modules=None if skip_modules is None else tuple(skip_modules),
         loss=loss,
         allow_loss=allow_loss,
     )

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 _SHOWN = 5
 
 
+def _not_empty(_: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(values):
+        raise click.BadParameter("give the name of a module, or a pattern.", param=param)
+    return values
+
+
 @click.command(
     "merge",
     cls=ToolCommand,
@@ -83,6 +89,13 @@ _SHOWN = 5
     help="The dtype that the quantised weights were computed with; else the manifest or the base says it.",
 )
 @click.option(
+    "--skip-modules",
+    metavar="NAME",
+    multiple=True,
+    callback=_not_empty,
+    help="What llm_int8_skip_modules was, if it was set: a module that was not quantised; once for each.",
+)
+@click.option(
     "--loss",
     type=click.Choice(["sampled", "full", "off"]),
     help="Measure first how much of the change the output holds; a dry run takes a sample.",
@@ -109,6 +122,7 @@ def command(
     onto: str | None,
     quant: str | None,
     compute_dtype: str | None,
+    skip_modules: tuple[str, ...],
     loss: str | None,
     allow_loss: bool,
     as_json: bool,
@@ -143,6 +157,7 @@ def command(
         onto=onto,
         quant=quant,
         compute_dtype=compute_dtype,
+        skip_modules=skip_modules or None,
         loss=loss,
         allow_loss=allow_loss,
         progress=progress_for(output),

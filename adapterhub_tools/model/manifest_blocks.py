@@ -101,6 +101,7 @@ def check_quantisation(fields: Fields) -> None:
     fields.boolean("double")
     _dtype(fields, "compute_dtype", required=False)
     _dtype(fields, "storage_dtype", required=False)
+    fields.texts("skip_modules")
     fields.text("version")
     fields.refuse_rest()
     fields.problems.extend(scheme_problems(fields.data, file=fields.file, loc=fields.loc))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape
@@ -35,7 +35,8 @@ class QuantScheme:
         compute_dtype: the safetensors dtype that weights have in a forward pass; None if unknown.
         storage_dtype: the dtype that packed bytes are stored as: ``"U8"`` (``"I8"`` for ``"int8"``), or a
             wider one where the shards of a trainer need it.
-        skip_modules: patterns of modules that stay as they were; None for the loader's own choice.
+        skip_modules: patterns of modules that a loader leaves as they are (``llm_int8_skip_modules``); None
+            for its own choice.
         version: of the quantising library; None if unknown.
     """
 
@@ -87,7 +88,8 @@ class QuantScheme:
             "storage_dtype": self.storage_dtype,
             "version": self.version,
         }
-        return data | {name: value for name, value in optional.items() if value is not None}
+        data |= {name: value for name, value in optional.items() if value is not None}
+        return data if self.skip_modules is None else data | {"skip_modules": list(self.skip_modules)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], *, file: str = "", loc: str = "") -> QuantScheme:
@@ -110,6 +112,7 @@ class QuantScheme:
             block_size=None if scheme == "int8" else data.get("block_size", DEFAULT_BLOCK_SIZE),
             compute_dtype=data.get("compute_dtype"),
             storage_dtype=data.get("storage_dtype"),
+            skip_modules=tuple(data["skip_modules"]) if "skip_modules" in data else None,
             version=data.get("version"),
         )
 
@@ -265,15 +268,7 @@ class QuantizedTensor:
         scheme = QuantScheme.from_json(said)
         return cls(
             spec=TensorSpec.from_json(data["spec"]),
-            scheme=QuantScheme(
-                format=scheme.format,
-                double=scheme.double,
-                block_size=scheme.block_size,
-                nested_block_size=said["nested_block_size"],
-                compute_dtype=scheme.compute_dtype,
-                storage_dtype=scheme.storage_dtype,
-                version=scheme.version,
-            ),
+            scheme=replace(scheme, nested_block_size=said["nested_block_size"]),
             parts={role: ByteRange.from_json(part) for role, part in data["parts"].items()},
             nested_offset=data["nested_offset"],
         )

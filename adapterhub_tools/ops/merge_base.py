@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapterhub_tools.errors import IntegrityError, MismatchError, UnsupportedError, raise_for
+from adapterhub_tools.errors import IntegrityError, MismatchError, UnsupportedError, escape, raise_for
 from adapterhub_tools.model.manifest import MANIFEST_NAME
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
@@ -72,7 +72,7 @@ def settle_base(
         opened: the adapters.
         paths: where they were found.
         scales: the caller's factor for each.
-        options: ``onto``, ``quant`` and ``compute_dtype``.
+        options: ``onto``, ``quant``, ``compute_dtype`` and ``skip_modules``.
 
     Raises:
         UnsupportedError: the base cannot give what was asked for; an unknown scheme.
@@ -121,6 +121,14 @@ def _stored(
         )
     if asked is not None and not asked.same_values(scheme):
         raise _other_scheme(f"the base is stored as {scheme.words}", asked, checkpoint)
+    if options.skip_modules is not None:
+        raise MismatchError.of(
+            "quant-unused",
+            "the base is stored quantised, so it shows itself which modules are not.",
+            file=str(checkpoint.root),
+            loc="--skip-modules",
+            remedy="Leave --skip-modules out.",
+        )
     if options.check_base != "off":
         manifests = [item.manifest for item in opened if item.manifest is not None]
         found = [problem for item in manifests for problem in recorded_scheme_problems(item, weights)]
@@ -136,7 +144,7 @@ def _stored(
         notes.append(f"the compute dtype is {compute}; the base's config says {scheme.compute_dtype}")
     if compute is None and scheme.compute_dtype is None and scheme.bits == 4:
         notes.append("nothing says the compute dtype: taken is the dtype that each weight had before")
-    scheme = replace(scheme, compute_dtype=compute or scheme.compute_dtype)
+    scheme = replace(scheme, compute_dtype=compute or scheme.compute_dtype, skip_modules=None)
     view = stored_view(checkpoint, weights, scheme.compute_dtype)
     where = "as the base has it" if onto == "quantized" else "dequantised"
     notes.append(f"merged onto the base's {scheme.words} weights, written {where}")
@@ -167,10 +175,12 @@ def _loaded(
             remedy="Merge --onto dequantized and load the result with a quantisation config, which quantises "
             "it in the same way; or give a base that is stored quantised.",
         )
-    if options.onto == "original" and (asked is not None or options.compute_dtype is not None):
+    said = any(item is not None for item in (asked, options.compute_dtype, options.skip_modules))
+    if options.onto == "original" and said:
         raise MismatchError.of(
             "quant-unused",
-            "--onto original takes the base as it is stored, so --quant and --compute-dtype change nothing.",
+            "--onto original takes the base as it is stored, so --quant, --compute-dtype and --skip-modules "
+            "change nothing.",
             loc="--onto",
             remedy="Leave one of the two out.",
         )
@@ -181,8 +191,9 @@ def _loaded(
         if not asked.same_values(declared) and options.check_base != "off":
             raise _other_scheme(f"the manifest records {declared.words}", asked, checkpoint)
         scheme = replace(asked, compute_dtype=asked.compute_dtype or declared.compute_dtype)
-    undeclared = scheme is None and options.compute_dtype is None
-    onto = options.onto or ("original" if undeclared else "dequantized")
+    if scheme is not None and options.onto != "original":
+        scheme = replace(scheme, skip_modules=_skip_modules(opened, options))
+    onto = options.onto or ("original" if scheme is None and not said else "dequantized")
     if onto == "original":
         notes = []
         if scheme is None and options.onto is None:
@@ -225,6 +236,45 @@ def _loaded(
         parts=parts,
         notes=(*found.notes, *(() if asked is not None else _undeclared(opened, scheme))),
     )
+
+
+def _skip_modules(opened: Sequence[OpenedAdapter], options: MergeOptions) -> tuple[str, ...] | None:
+    """Returns what the loader was told to leave as it is; None for its own choice.
+
+    Raises:
+        MismatchError: the manifests record different lists, or another one than was asked for.
+    """
+    said = [item.manifest.base.quantisation for item in opened if item.manifest is not None]
+    recorded = [item.get("skip_modules") for item in said if item is not None]
+    asked = options.skip_modules
+    if asked is None:
+        first = next(iter(recorded), None)
+        for names in recorded:
+            if _words(names) != _words(first):
+                message = (
+                    "the adapters were trained on bases of which different modules were quantised: all but "
+                    f"{_words(first)}; all but {_words(names)}."
+                )
+                raise _other_list(message, "Merge them one after the other, or --onto original.")
+        return None if first is None else tuple(first)
+    for names in recorded if options.check_base != "off" else ():
+        if names is not None and _words(names) != _words(asked):
+            message = (
+                f"the manifest records that {_words(names)} were not quantised; asked for {_words(asked)}."
+            )
+            raise _other_list(message, "Leave --skip-modules out, or correct it.")
+    return asked
+
+
+def _words(names: Sequence[str] | None) -> str:
+    if names is None:
+        return "what the loader leaves by itself"
+    return ", ".join(sorted({escape(name) for name in names})) or "none"
+
+
+def _other_list(message: str, remedy: str) -> MismatchError:
+    loc = "/base/quantisation/skip_modules"
+    return MismatchError.of("quant-skips", message, file=MANIFEST_NAME, loc=loc, remedy=remedy)
 
 
 def _undeclared(opened: Sequence[OpenedAdapter], scheme: QuantScheme) -> list[str]:

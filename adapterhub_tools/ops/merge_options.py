@@ -42,6 +42,8 @@ class MergeOptions:
         quant: how the base was quantised while it was loaded for training, such as ``"nf4,double"``; None
             takes the manifest's record.
         compute_dtype: the dtype that weights were dequantised to while training; None takes the record.
+        skip_modules: what the loader was told to leave as it is (``llm_int8_skip_modules``); None takes the
+            record, or else the loader's own choice.
         loss: how much of the change the output holds is measured first: ``"sampled"`` on some rows of each
             tensor, ``"full"`` on all, ``"off"`` not at all; None takes a sample in a dry run of a local base
             and for a quantised output.
@@ -66,6 +68,7 @@ class MergeOptions:
     onto: str | None = None
     quant: str | None = None
     compute_dtype: str | None = None
+    skip_modules: tuple[str, ...] | None = None
     loss: str | None = None
     allow_loss: bool = False
     approximates: str | None = None
@@ -104,6 +107,8 @@ class MergeOptions:
         if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
             known = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"compute_dtype must be one of {known}, not {self.compute_dtype!r}")
+        if "" in (self.skip_modules or ()):
+            raise ValueError(f"skip_modules must be names or patterns, none empty, not {self.skip_modules}")
         if self.loss is not None and self.loss not in LOSS_KINDS:
             raise ValueError(f"loss must be one of {', '.join(LOSS_KINDS)}, not {self.loss!r}")
         if self.threads is not None and self.threads < 1:

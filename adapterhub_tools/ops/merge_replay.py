@@ -34,13 +34,14 @@ def replayed(
     """
     if options.replay is None:
         return options, None
-    told = (options.dtype, options.combination, options.onto, options.quant, options.compute_dtype)
+    said_of_base = (options.onto, options.quant, options.compute_dtype, options.skip_modules)
+    told = (options.dtype, options.combination, *said_of_base)
     if options.scales or any(option is not None for option in told):
         raise MismatchError.of(
             "replay-options",
             "scales, dtype, a combination or what to merge onto were given, but the receipt decides them.",
             loc="--replay",
-            remedy="Leave --scale, --dtype, --onto, --quant and --compute-dtype out.",
+            remedy="Leave --scale, --dtype, --onto, --quant, --compute-dtype and --skip-modules out.",
         )
     receipt = load_receipt(options.replay)
     wanted = [adapter.digest for adapter in receipt.adapters]
@@ -59,6 +60,7 @@ def replayed(
         onto=receipt.options.get("onto", "original"),
         quant=None if scheme is None else scheme.spelled,
         compute_dtype=None if scheme is None else scheme.compute_dtype,
+        skip_modules=None if scheme is None else scheme.skip_modules,
         scales=tuple(adapter.scale for adapter in receipt.adapters),
         dtype=receipt.options["dtype"],
         accept_embeddings=receipt.options["accept_embeddings"],
