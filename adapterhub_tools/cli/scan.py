@@ -8,7 +8,7 @@ import click
 
 from adapterhub_tools import api
 from adapterhub_tools.cli.output import Output
-from adapterhub_tools.cli.report_forms import folders, form_option, show
+from adapterhub_tools.cli.report_forms import form_option, judge, show
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK
 
@@ -43,7 +43,8 @@ def command(
     Pickles and what they import, other code and what makes a loader run it, chat templates that reach for
     Python, secrets, files that are not what their names say, links and paths that lead out. Nothing is loaded
     or unpickled; a secret is never printed. A reference (hf://…) is read where it is. A file of an adapter
-    stands for its folder. Exit code 0: no error; 1: problems; 10: could not look at everything.
+    stands for its folder. What cannot be had does not stop the others. Exit code 0: no error; 1: problems;
+    else 10: could not look at everything, or that of the error, such as 9 for a remote store.
     """
     from adapterhub_tools.ops.scan_rules import RULES
 
@@ -55,8 +56,11 @@ def command(
             )
     form = "json" if as_json else form
     output = Output(as_json=form != "text", quiet=quiet, verbose=verbose)
-    reports = [api.scan(item, ignore=ignore, strict=strict) for item in folders(path)]
-    show("scan", reports, form, output, _summary, known)
+
+    def check(item: str) -> ValidationReport:
+        return api.scan(item, ignore=ignore, strict=strict)
+
+    show("scan", judge(path, check), form, output, _summary, known)
 
 
 def _summary(report: ValidationReport) -> str:

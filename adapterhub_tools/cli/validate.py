@@ -9,7 +9,7 @@ import click
 from adapterhub_tools import api
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.cli.progress import progress_for
-from adapterhub_tools.cli.report_forms import folders, form_option, show
+from adapterhub_tools.cli.report_forms import form_option, judge, show
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 from adapterhub_tools.errors import EXIT_COULD_NOT_CHECK
 
@@ -52,22 +52,27 @@ def command(
     """Check each ADAPTER: manifest, config, tensors, values, files, and how it fits a base.
 
     A file of an adapter stands for its folder, so that a hook can pass the files that changed. Every problem
-    is listed, not only the first. Exit code 0: passed; 1: problems; 10: could not check.
+    is listed, not only the first, and an adapter that cannot be had does not stop the others. Exit code 0:
+    passed; 1: problems; else 10: could not check, or that of the error, such as 9 for a remote store.
     """
     form = "json" if as_json else form
     output = Output(as_json=form != "text", quiet=quiet, verbose=verbose)
-    reports = [
-        api.validate(
-            item,
-            base=base,
-            check_base=check_base,
-            accept_embeddings=accept_embeddings,
-            cache=cache,
-            progress=progress_for(output),
-        )
-        for item in folders(adapter)
-    ]
-    show("validate", reports, form, output, _summary)
+    progress = progress_for(output)
+
+    def check(item: str) -> ValidationReport:
+        try:
+            return api.validate(
+                item,
+                base=base,
+                check_base=check_base,
+                accept_embeddings=accept_embeddings,
+                cache=cache,
+                progress=progress,
+            )
+        finally:
+            progress.finish()
+
+    show("validate", judge(adapter, check), form, output, _summary)
 
 
 def _summary(report: ValidationReport) -> str:

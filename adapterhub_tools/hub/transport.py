@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from adapterhub_tools.errors import HubError, Problem, escape
@@ -19,6 +19,11 @@ _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _AGAIN = "Try again later."
+_SHORT_STALL_SECONDS = 5.0
+
+_unanswered: set[str] = set()
+"""Endpoints that gave no answer to a request with all its tries: the next one, perhaps for the next of a
+thousand adapters, is tried once, until there is an answer again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,10 @@ class Transport:
     def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
         self.endpoint = endpoint
         self.patience = patience
+        self._usual = patience
+        if endpoint.url in _unanswered:
+            stall = min(patience.stall_seconds, _SHORT_STALL_SECONDS)
+            self.patience = replace(patience, tries=1, stall_seconds=stall)
         self.requests: int = 0
 
     def json(
@@ -114,7 +123,15 @@ class Transport:
             except (ValueError, RecursionError) as error:
                 raise bad_answer("its answer is not JSON", url) from error
 
-        return patiently(attempt, self.patience, deadline, repeatable=repeatable)
+        try:
+            found = patiently(attempt, self.patience, deadline, repeatable=repeatable)
+        except HubError as error:
+            if error.problems[0].kind in ("unreachable", "stalled"):
+                _unanswered.add(self.endpoint.url)
+            raise
+        _unanswered.discard(self.endpoint.url)
+        self.patience = self._usual
+        return found
 
     @contextmanager
     def open(

@@ -45,6 +45,7 @@ class ValidationReport:
         skipped: check -> why it did not run.
         findings: everything that is wrong, warnings included.
         unchecked: what could not be read, so that a check could not be made.
+        stopped: the class of error that ``unchecked`` is, where it kept everything from being looked at.
     """
 
     path: str
@@ -52,6 +53,24 @@ class ValidationReport:
     skipped: dict[str, str]
     findings: tuple[Finding, ...]
     unchecked: tuple[Problem, ...] = ()
+    stopped: type[AdapterError] = StoreError
+
+    @classmethod
+    def of_error(cls, path: str, error: AdapterError) -> ValidationReport:
+        """Returns the report on what could not be looked at, for who goes on with the next.
+
+        Args:
+            path: the adapter, as given.
+            error: why.
+        """
+        return cls(
+            path=path,
+            checked=(),
+            skipped={},
+            findings=(),
+            unchecked=error.problems,
+            stopped=type(error),
+        )
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -70,10 +89,16 @@ class ValidationReport:
 
     @property
     def exit_code(self) -> int:
-        """0 if passed, 1 if problems were found, 10 if none were but not everything could be checked."""
+        """0 if passed, 1 if problems were found, 10 if none were but not everything could be checked.
+
+        Where nothing could be looked at for another reason than a file that cannot be read, it is the code of
+        that error: 9 for a remote store that failed.
+        """
         if self.errors:
             return EXIT_PROBLEMS
-        return EXIT_COULD_NOT_CHECK if self.unchecked else EXIT_OK
+        if self.unchecked:
+            return EXIT_COULD_NOT_CHECK if self.stopped is StoreError else self.stopped.exit_code
+        return EXIT_OK
 
     def raise_for_problems(self) -> None:
         """Raises what is wrong as one error, of the class of the first finding; returns if nothing is.
@@ -84,17 +109,18 @@ class ValidationReport:
         if self.errors:
             raise self.errors[0].error(*(finding.problem for finding in self.errors))
         if self.unchecked:
-            raise StoreError(*self.unchecked)
+            raise self.stopped(*self.unchecked)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as a JSON object."""
         return {
             "path": self.path,
             "ok": self.ok,
+            "exit_code": self.exit_code,
             "checked": list(self.checked),
             "skipped": self.skipped,
             "problems": [finding.to_json() for finding in self.findings],
-            "unchecked": [problem.to_json() for problem in self.unchecked],
+            "unchecked": [{"error": self.stopped.__name__, **item.to_json()} for item in self.unchecked],
         }
 
 
