@@ -283,7 +283,8 @@ def merge(
             set: modules that were not quantised; None takes the manifest's record, or else the loader's own
             choice.
         loss: whether to measure first how much of the change the output holds: ``"sampled"``, ``"full"`` or
-            ``"off"``; None takes a sample in a dry run of a local base, and for a quantised output.
+            ``"off"``; None takes a sample in a dry run of a local base, and for a quantised output. The
+            latter is measured in any case unless ``allow_loss``: what was measured decides.
         allow_loss: whether a quantised output may hold less than half of the change.
         sign: a private key, the PEM file of an elliptic curve, that signs the output (extra ``[sign]``).
         progress: told how far it is.

@@ -98,7 +98,8 @@ def _not_empty(_: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option(
     "--loss",
     type=click.Choice(["sampled", "full", "off"]),
-    help="Measure first how much of the change the output holds; a dry run takes a sample.",
+    help="Measure first how much of the change the output holds; a dry run takes a sample, and so does a "
+    "quantised output, for which 'off' needs --allow-loss.",
 )
 @click.option("--allow-loss", is_flag=True, help="Write a quantised output that holds less than half of it.")
 @standard_options

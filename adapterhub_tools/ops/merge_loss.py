@@ -26,7 +26,8 @@ def measured_loss(
 
     Args:
         planned: what would be written.
-        options: ``loss`` says how; without it a sample is taken in a dry run and for a quantised output.
+        options: ``loss`` says how; without it a sample is taken in a dry run and for a quantised output,
+            for the latter also if it is ``"off"`` but ``allow_loss`` is not given.
         remote: True if the base comes over a network; a dry run does not read it unless it was asked to.
         quantised: True if the output is quantised.
         threads: the number of workers.

@@ -46,7 +46,8 @@ class MergeOptions:
             record, or else the loader's own choice.
         loss: how much of the change the output holds is measured first: ``"sampled"`` on some rows of each
             tensor, ``"full"`` on all, ``"off"`` not at all; None takes a sample in a dry run of a local base
-            and for a quantised output.
+            and for a quantised output. A quantised output is measured in any case unless ``allow_loss``,
+            because what was measured decides whether it is written.
         allow_loss: True to write a quantised output that holds less than half of the change.
         approximates: for an approximate unmerge, the digest of the merged model, for the receipt.
         combination: how the adapters are combined, with the scales as their weights; None adds them up.

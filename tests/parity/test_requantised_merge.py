@@ -135,6 +135,10 @@ def test_a_change_that_4_bits_cannot_hold_is_refused_unless_it_is_allowed(half: 
     assert survival < 0.5
     planned = at.merge(base, adapter, None, onto="quantized", allow_loss=True, dry_run=True)
     assert planned.loss == report.loss
+    refused(at.LossyError, "change-lost", base, adapter, tmp_path / "off", onto="quantized", loss="off")
+    off = at.merge(base, adapter, tmp_path / "off", onto="quantized", allow_loss=True, loss="off")
+    assert off.loss is None
+    assert off.digest == report.digest
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "nf4,double", "int8"])
