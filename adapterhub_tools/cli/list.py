@@ -54,5 +54,6 @@ def command(ref: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:
                 for item in report.versions
             ],
         )
-    what = f"{len(report.versions)} versions" if report.versions else f"{len(report.adapters)} adapters"
-    output.line(f"{report.ref}: {what}")
+    count = len(report.versions or report.adapters)
+    word = "version" if report.versions else "adapter"
+    output.line(f"{report.ref}: {count:,} {word}{'s'[: count != 1]}")

@@ -90,6 +90,11 @@ class DirectoryStore:
             for begin in range(0, source.length, _PIECE_BYTES):
                 yield source.read(begin, min(_PIECE_BYTES, source.length - begin))
 
+    def above(self) -> Iterator[DirectoryStore]:
+        """Yields the folders that hold this one, the nearest first."""
+        for folder in self.root.resolve().parents:
+            yield DirectoryStore(folder.as_uri())
+
     def _write(self, key: str, pieces: Iterable[bytes]) -> Path:
         """Writes content under a temporary name beside its own, and flushes it."""
         folder = (self.root / key).parent

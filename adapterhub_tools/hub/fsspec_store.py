@@ -115,6 +115,13 @@ class FsspecStore:
         except self._failures() as error:
             raise self._error(error, f"reading {key}") from error
 
+    def above(self) -> Iterator[FsspecStore]:
+        """Yields the prefixes that hold this one, the nearest first."""
+        scheme, mark, path = self.url.partition("://")
+        while "/" in path:
+            path = path.rpartition("/")[0]
+            yield FsspecStore(f"{scheme}{mark}{path}")
+
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
 

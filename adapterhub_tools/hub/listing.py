@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterhub_tools.hub.reference import HubReference, Reference, RegistryReference
+from adapterhub_tools.hub.registry_place import check_registry
 from adapterhub_tools.hub.registry_transfer import open_registry
 from adapterhub_tools.hub.repository import DEFAULT_BRANCH, Repository
 
@@ -93,7 +94,7 @@ def list_registry(reference: RegistryReference) -> ListReport:
         HubError: a remote store failed.
     """
     registry = open_registry(reference.root)
-    registry.check()
+    check_registry(registry.objects)
     found = []
     for name in registry.names():
         numbers = registry.numbers(name)

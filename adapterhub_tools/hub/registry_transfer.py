@@ -14,6 +14,7 @@ from adapterhub_tools.hub.fsspec_store import FsspecStore
 from adapterhub_tools.hub.package import open_package, outgoing_bytes
 from adapterhub_tools.hub.push import PushedFile, PushReport
 from adapterhub_tools.hub.reference import RegistryReference, check_tag
+from adapterhub_tools.hub.registry_place import check_place
 from adapterhub_tools.hub.selection import CARD_NAME
 from adapterhub_tools.hub.trees import ContentCheck, RemoteFile
 from adapterhub_tools.hub.versions import Registry, tag_exists
@@ -105,8 +106,9 @@ def push_to_registry(
     if tag is not None:
         check_tag(tag)
     progress = progress or SilentProgress()
+    registry = open_registry(reference.root)
+    check_place(registry.objects)
     with open_package(adapter, include=include, write=not dry_run) as package:
-        registry = open_registry(reference.root)
         numbers = registry.numbers(reference.name)
         before = registry.version(reference.name, numbers[-1]) if numbers else None
         text = package.card

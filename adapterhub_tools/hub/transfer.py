@@ -21,7 +21,8 @@ from adapterhub_tools.hub.reference import (
     parse_reference,
     parse_registry,
 )
-from adapterhub_tools.hub.registry_transfer import RegistrySnapshot, push_to_registry
+from adapterhub_tools.hub.registry_place import is_registry
+from adapterhub_tools.hub.registry_transfer import RegistrySnapshot, open_registry, push_to_registry
 from adapterhub_tools.hub.snapshot import HubSnapshot, Snapshot
 from adapterhub_tools.model.protocols import Progress
 
@@ -94,10 +95,7 @@ def pull(
 
 
 def _is_registry(root: str) -> bool:
-    from adapterhub_tools.hub.registry_transfer import open_registry
-    from adapterhub_tools.hub.versions import MARKER, MAX_RECORD_BYTES
-
-    return open_registry(root).objects.read(MARKER, MAX_RECORD_BYTES) is not None
+    return is_registry(open_registry(root).objects)
 
 
 def _may_be_adapter(url: str) -> bool:

@@ -16,56 +16,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Any
 
-from adapterhub_tools.errors import FormatError, HubError, StoreError, UnsupportedVersionError, escape
+from adapterhub_tools.errors import FormatError, HubError, escape
+from adapterhub_tools.hub.object_store import MAX_RECORD_BYTES, ObjectStore
 from adapterhub_tools.hub.reference import RegistryReference, check_id, is_id
+from adapterhub_tools.hub.registry_place import check_registry, prepare_registry
 from adapterhub_tools.hub.trees import RemoteFile
 from adapterhub_tools.hub.upload import Outgoing
 from adapterhub_tools.model.canonical import canonical_json
 from adapterhub_tools.store.files import path_reason
 from adapterhub_tools.store.strict_json import parse_json
 
-MARKER = "registry.json"
-LAYOUT = "adaptertool-registry"
-MAX_RECORD_BYTES = 16 << 20
 _ATTEMPTS = 100
 _NUMBER = re.compile(r"(\d{8})\.json")
 _TAG = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,127})\.json")
 _HEX = re.compile(r"[0-9a-f]{64}")
-
-
-class ObjectStore(Protocol):
-    """Where a registry lies. Keys are relative paths with forward slashes.
-
-    Attributes:
-        url: for messages and reports.
-    """
-
-    url: str
-
-    def read(self, key: str, limit: int) -> bytes | None:
-        """Returns an object of at most ``limit`` bytes, or None if there is none."""
-        ...
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Makes an object in one step; False, and nothing changed, if there is other content already."""
-        ...
-
-    def store(self, key: str, content: Outgoing, advance: Callable[[int], None] | None) -> None:
-        """Makes an object whose content its key names; one that is there with that size stays."""
-        ...
-
-    def names(self, prefix: str) -> tuple[str, ...]:
-        """Returns the names directly below a prefix, sorted; none if there is nothing."""
-        ...
-
-    def pieces(self, key: str) -> Iterator[bytes]:
-        """Yields an object's content."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,50 +88,6 @@ class Registry:
     def __init__(self, objects: ObjectStore) -> None:
         self.objects = objects
 
-    def check(self) -> None:
-        """Checks that there is a registry.
-
-        Raises:
-            StoreError: there is none.
-            UnsupportedVersionError: it is of a newer layout.
-        """
-        data = self.objects.read(MARKER, MAX_RECORD_BYTES)
-        if data is None:
-            raise StoreError.of(
-                "no-registry",
-                f"there is no registry: it has no {MARKER}.",
-                file=self.objects.url,
-                remedy="Check the URL; the first push makes a registry.",
-            )
-        found = parse_json(data, file=MARKER)
-        known = found if isinstance(found, dict) else {}
-        if known.get("layout") != LAYOUT or not str(known.get("version", "")).startswith("1."):
-            raise UnsupportedVersionError.of(
-                "registry-version",
-                f"found {escape(known.get('layout'))} {escape(known.get('version'))}, expected {LAYOUT} 1.x.",
-                file=f"{self.objects.url}/{MARKER}",
-                remedy="Use a version of adaptertool that knows this layout.",
-            )
-
-    def prepare(self) -> None:
-        """Makes the registry if nothing is there yet.
-
-        Raises:
-            StoreError: something else is there.
-        """
-        if self.objects.read(MARKER, MAX_RECORD_BYTES) is None:
-            others = self.objects.names("")
-            # Another writer makes the marker first of all, perhaps just now.
-            if others and self.objects.read(MARKER, MAX_RECORD_BYTES) is None:
-                raise StoreError.of(
-                    "no-registry",
-                    f"holds other things ({escape(others[0])}) and no {MARKER}: it is no registry.",
-                    file=self.objects.url,
-                    remedy="Choose an empty or new place.",
-                )
-            self.objects.create(MARKER, canonical_json({"layout": LAYOUT, "version": "1.0"}).encode())
-        self.check()
-
     def names(self) -> tuple[str, ...]:
         """Returns the adapters, ``"owner/name"``, sorted; what file managers leave is passed over."""
         return tuple(
@@ -201,7 +126,7 @@ class Registry:
         Raises:
             HubError: there is no such adapter or version.
         """
-        self.check()
+        check_registry(self.objects)
         name, wanted = check_id(reference.name), reference.version
         numbers = self.numbers(name)
         if not numbers:
@@ -249,7 +174,7 @@ class Registry:
             StoreError: a file was changed meanwhile, or a local registry cannot be written.
             HubError: a remote one cannot be written.
         """
-        self.prepare()
+        prepare_registry(self.objects)
         for _ in range(_ATTEMPTS):
             numbers = self.numbers(name)
             latest = self.version(name, numbers[-1]) if numbers else None

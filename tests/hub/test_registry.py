@@ -243,6 +243,29 @@ def test_a_folder_with_other_things_is_no_registry(adapter: Path, tmp_path: Path
     assert [p.name for p in (tmp_path / "home").iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.parametrize("below", ["team", "adapters/team", "team/of/many"])
+def test_no_registry_is_made_inside_another(place: Place, adapter: Path, tmp_path: Path, below: str) -> None:
+    at.push(adapter, f"{place.url}/team/a")
+    before = place.blobs()
+    for dry_run in (True, False):
+        with pytest.raises(at.FormatError, match=r"team|adapters") as caught:
+            at.push(adapter, f"{place.url}/{below}/part/b", dry_run=dry_run)
+        assert caught.value.problems[0].kind == "registry-inside"
+        assert f"{place.url}/owner/name" in caught.value.problems[0].remedy
+    assert place.blobs() == before
+    with pytest.raises(at.StoreError, match="no registry") as refused:
+        at.pull(f"{place.url}/{below}/part/b", tmp_path / "out")
+    assert f"{place.url}/owner/name" in refused.value.problems[0].remedy
+
+
+def test_a_file_of_that_name_that_others_made_is_no_registry(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "registry.json").write_text('{"npm": true}', encoding="utf-8")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "registry.json").write_bytes(b"\xff")
+    for folder in ("a", "b/c"):
+        assert at.push(adapter, f"{(tmp_path / folder).as_uri()}/team/a").created_commit
+
+
 def test_records_made_by_hand_are_not_trusted(adapter: Path, tmp_path: Path) -> None:
     root = tmp_path / "registry"
     at.push(adapter, f"{root.as_uri()}/me/mine")
