@@ -29,10 +29,10 @@ from adapterhub_tools.ops.combine_report import CombinedInput, CombineReport
 from adapterhub_tools.ops.combine_work import Combined, Work, base_nbytes_of, nbytes_of, refuse_zero_sum
 from adapterhub_tools.ops.hash import tensor_digests
 from adapterhub_tools.ops.low_rank import Tensors
+from adapterhub_tools.ops.option_checks import check_output
 from adapterhub_tools.ops.shrink_report import ModuleReport
 from adapterhub_tools.ops.spool import Spool
 from adapterhub_tools.ops.to_lora import LowRankParts, complete_biases
-from adapterhub_tools.store.destination import check_destination
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ def combine(
     if not factors:
         method = implementation(options.method, options.hparams, options.seed, count=len(adapters))
     paths = [*adapters, *([] if options.base is None else [options.base])]
-    if out is not None:
-        check_destination(out, inputs=paths, replace=options.replace)
-    elif not options.dry_run:
-        raise ValueError("out may be None only in a dry run")
+    check_output(out, paths, replace=options.replace, dry_run=options.dry_run)
     from adapterhub_tools.engine.run import default_threads
 
     with ExitStack() as stack:

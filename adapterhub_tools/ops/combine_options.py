@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from adapterhub_tools import registry
 from adapterhub_tools.errors import MismatchError, escape
-from adapterhub_tools.model.tensor import DTYPE_NAMES
 from adapterhub_tools.ops.combine_weights import Weights
+from adapterhub_tools.ops.option_checks import check_choice, check_dtype
 from adapterhub_tools.ops.rank_policy import RankPolicy
 
 SPACES = ("deltas", "factors")
@@ -65,13 +65,9 @@ class CombineOptions:
         Raises:
             ValueError: an unknown space, rule or dtype.
         """
-        for name, value, known in (
-            ("space", self.space, SPACES),
-            ("full", self.full, FULL_RULES),
-            ("dtype", self.dtype, (None, *DTYPE_NAMES)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")
+        check_choice("space", self.space, SPACES)
+        check_choice("full", self.full, FULL_RULES)
+        check_dtype(self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options that decide the result, for the history."""
@@ -125,10 +121,19 @@ def implementation(method: str, given: Mapping[str, Any], seed: int, *, count: i
         found = made.from_options(values)
         found.check(count)
     except ValueError as error:
+        wrong = next((name for name in known if str(error).startswith(name)), None)
         raise MismatchError.of(
-            "option", f"{escape(str(error))}.", loc="--method", remedy=f"See the options of {method}."
+            "option",
+            f"{escape(str(error))}.",
+            loc="--method" if wrong is None else _flag(wrong),
+            remedy="Choose another method." if wrong is None else _default_of(wrong, method, known[wrong]),
         ) from error
     return found
+
+
+def _default_of(name: str, method: str, item: Field[Any]) -> str:
+    share = " A share of 50 % is written 0.5." if isinstance(item.default, float) else ""
+    return f"Without {_flag(name)}, {method} takes {item.default}.{share}"
 
 
 def refuse_with_into(

@@ -15,9 +15,9 @@ from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
 from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_adapter
 from adapterhub_tools.ops.convert_options import ConvertOptions
 from adapterhub_tools.ops.low_rank import Loader, Tensors, checked_input, open_low_rank, refuse_zero
+from adapterhub_tools.ops.option_checks import check_output
 from adapterhub_tools.ops.shrink_report import LowRankReport
 from adapterhub_tools.ops.spool import Spool
-from adapterhub_tools.store.destination import check_destination
 
 if TYPE_CHECKING:
     from adapterhub_tools.ops.to_lora import LowRankParts
@@ -49,10 +49,7 @@ def convert(
     """
     options.check_values()
     inputs = [path for path in (adapter, options.base, options.initial) if path is not None]
-    if out is not None:
-        check_destination(out, inputs=inputs, replace=options.replace)
-    elif not options.dry_run:
-        raise ValueError("out may be None only in a dry run")
+    check_output(out, inputs, replace=options.replace, dry_run=options.dry_run)
     from adapterhub_tools.engine.run import default_threads
 
     opened = examine_adapter(adapter)

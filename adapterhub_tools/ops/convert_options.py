@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub_tools.errors import MismatchError, escape
+from adapterhub_tools.ops.option_checks import check_choice, check_dtype
 from adapterhub_tools.ops.rank_policy import RankPolicy
 
 TARGETS = ("lora", "dora")
@@ -53,8 +54,8 @@ class ConvertOptions:
             MismatchError: a rank or an error out of range.
             ValueError: another target; the command line refuses it earlier.
         """
-        if self.to not in TARGETS:
-            raise ValueError(f"to must be one of {', '.join(TARGETS)}, not {self.to!r}")
+        check_choice("to", self.to, TARGETS)
+        check_dtype(self.dtype)
         if self.rank is not None and self.rank != "auto" and self.fixed_rank is None:
             raise MismatchError.of(
                 "rank",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adapterhub_tools.errors import DeviceError
+from adapterhub_tools.ops.option_checks import check_choice
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -17,8 +18,7 @@ def device_of(asked: str) -> str:
         DeviceError: CUDA is asked for and there is none: never does the CPU step in for it.
         ValueError: it is something else; the command line refuses it earlier.
     """
-    if asked not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {asked!r}")
+    check_choice("device", asked, DEVICES)
     if asked != "cuda":
         return "cpu"
     import torch

@@ -23,11 +23,11 @@ from adapterhub_tools.ops.extract_plan import ExtractPlan, Matrix, plan_extract,
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.hash import tensor_digests
 from adapterhub_tools.ops.low_rank import Tensors
+from adapterhub_tools.ops.option_checks import check_dtype, check_output
 from adapterhub_tools.ops.rank_policy import Claim, allot
 from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
 from adapterhub_tools.ops.spool import Spool, StoredContent
 from adapterhub_tools.store.checkpoint import Checkpoint
-from adapterhub_tools.store.destination import check_destination
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
 if TYPE_CHECKING:
@@ -69,10 +69,8 @@ def extract(
         LossyError: changes that no adapter can express, unless allowed.
         StoreError: the output cannot be written; what was there is untouched.
     """
-    if out is not None:
-        check_destination(out, inputs=[base, tuned], replace=options.replace)
-    elif not options.dry_run:
-        raise ValueError("out may be None only in a dry run")
+    check_dtype(options.dtype)
+    check_output(out, [base, tuned], replace=options.replace, dry_run=options.dry_run)
     if options.plot is not None:
         from adapterhub_tools.ops.spectra_plot import check_plot
 

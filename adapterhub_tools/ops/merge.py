@@ -39,13 +39,14 @@ from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
 from adapterhub_tools.ops.merge_replay import compare_replay, replayed
 from adapterhub_tools.ops.merge_report import MergeReport, merge_notes, report_of
 from adapterhub_tools.ops.module_kinds import guarantee_of
+from adapterhub_tools.ops.option_checks import check_output
 from adapterhub_tools.ops.part_digest import checked_digest
 from adapterhub_tools.ops.requantised_plan import requantised
 from adapterhub_tools.ops.sign import commit_signed
 from adapterhub_tools.ops.undo_plan import plan_undo, undo_notes
 from adapterhub_tools.ops.undo_record import UndoRecording, recording
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
-from adapterhub_tools.store.destination import check_destination, check_space
+from adapterhub_tools.store.destination import check_space
 from adapterhub_tools.store.digest import root_digest
 from adapterhub_tools.store.directory import StagedDirectory, stage
 from adapterhub_tools.store.signature import Signer
@@ -85,10 +86,7 @@ def merge(
     if not adapters:
         raise MismatchError.of("no-adapter", "no adapter was given.", remedy="Give at least one.")
     inputs = [base.root if isinstance(base, Checkpoint) else base, *adapters]
-    if out is not None:
-        check_destination(out, inputs=inputs, replace=options.replace)
-    elif not options.dry_run:
-        raise ValueError("out may be None only in a dry run")
+    check_output(out, inputs, replace=options.replace, dry_run=options.dry_run)
     opened = [open_mergeable(path, options) for path in adapters]
     options, wanted = replayed(options, adapters, opened)
     scales = options.scale_of_each(len(adapters))

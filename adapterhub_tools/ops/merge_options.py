@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 
 from adapterhub_tools.model.combination import CombinationChoice
-from adapterhub_tools.model.tensor import DTYPE_NAMES
+from adapterhub_tools.ops.option_checks import check_choice, check_dtype
 
 CHECKS = ("full", "targets", "off")
 LOSS_KINDS = ("sampled", "full", "off")
@@ -99,18 +99,15 @@ class MergeOptions:
         Raises:
             ValueError: a value outside the documented ones; the command line refuses it earlier.
         """
-        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, not {self.dtype!r}")
-        if self.check_base not in CHECKS:
-            raise ValueError(f"check_base must be one of {', '.join(CHECKS)}, not {self.check_base!r}")
-        if self.onto is not None and self.onto not in TARGETS:
-            raise ValueError(f"onto must be one of {', '.join(TARGETS)}, not {self.onto!r}")
-        if self.compute_dtype is not None and self.compute_dtype not in COMPUTE_DTYPES:
-            known = ", ".join(COMPUTE_DTYPES)
-            raise ValueError(f"compute_dtype must be one of {known}, not {self.compute_dtype!r}")
+        check_dtype(self.dtype)
+        check_choice("check_base", self.check_base, CHECKS)
+        if self.onto is not None:
+            check_choice("onto", self.onto, TARGETS)
+        if self.compute_dtype is not None:
+            check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         if "" in (self.skip_modules or ()):
             raise ValueError(f"skip_modules must be names or patterns, none empty, not {self.skip_modules}")
-        if self.loss is not None and self.loss not in LOSS_KINDS:
-            raise ValueError(f"loss must be one of {', '.join(LOSS_KINDS)}, not {self.loss!r}")
+        if self.loss is not None:
+            check_choice("loss", self.loss, LOSS_KINDS)
         if self.threads is not None and self.threads < 1:
             raise ValueError("threads must be at least 1")

@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from adapterhub_tools.ops.option_checks import check_choice
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
@@ -79,8 +81,7 @@ def server(name: str) -> Server:
         ValueError: the table does not know it.
     """
     servers = _table()["servers"]
-    if name not in servers:
-        raise ValueError(f"server must be one of {', '.join(servers)}, not {name!r}")
+    check_choice("server", name, servers)
     data = dict(servers[name])
     features = {
         key: Feature(

@@ -12,10 +12,10 @@ from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.protocols import Progress
 from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_adapter
 from adapterhub_tools.ops.low_rank import checked_input, is_product, open_low_rank, replace_modules
+from adapterhub_tools.ops.option_checks import check_dtype, check_output
 from adapterhub_tools.ops.shrink_options import ShrinkOptions
 from adapterhub_tools.ops.shrink_report import LowRankReport
 from adapterhub_tools.ops.shrink_work import Run, Shrunk
-from adapterhub_tools.store.destination import check_destination
 
 
 def svd_shrink(
@@ -42,11 +42,9 @@ def svd_shrink(
         MismatchError: nothing to shrink, a rank that none of its modules has, or every delta is zero.
         StoreError: the output cannot be written; what was there is untouched.
     """
+    check_dtype(options.dtype)
     inputs = [adapter] if options.refit is None else [adapter, options.refit]
-    if out is not None:
-        check_destination(out, inputs=inputs, replace=options.replace)
-    elif not options.dry_run:
-        raise ValueError("out may be None only in a dry run")
+    check_output(out, inputs, replace=options.replace, dry_run=options.dry_run)
     if options.plot is not None:
         from adapterhub_tools.ops.spectra_plot import check_plot
 

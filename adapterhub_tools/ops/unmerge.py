@@ -13,13 +13,14 @@ from adapterhub_tools.model.receipt import Receipt
 from adapterhub_tools.model.undo import COPY, MERGED, NEGATED_SUM, SCALED, UNDO_FILE, ZERO
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.ops.device import device_of
+from adapterhub_tools.ops.option_checks import check_output
 from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.undo_file import OpenedUndo, open_undo
 from adapterhub_tools.ops.unmerge_order import last_merge, match_adapters
 from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
 from adapterhub_tools.ops.unmerge_terms import contradiction, terms_of
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
-from adapterhub_tools.store.destination import check_destination, check_space
+from adapterhub_tools.store.destination import check_space
 from adapterhub_tools.store.digest import root_digest, split_digest
 from adapterhub_tools.store.directory import StagedDirectory, stage
 from adapterhub_tools.store.files import LocalFile, resolve_inside
@@ -54,10 +55,7 @@ def unmerge(
     """
     device = device_of(options.device)
     inputs = [merged, *adapters]
-    if out is not None:
-        check_destination(out, inputs=inputs, replace=options.replace)
-    elif not options.dry_run:
-        raise ValueError("out may be None only in a dry run")
+    check_output(out, inputs, replace=options.replace, dry_run=options.dry_run)
     receipt = load_receipt(merged)
     last = last_merge(receipt)
     opened = match_adapters(receipt, adapters)

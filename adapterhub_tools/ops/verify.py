@@ -20,6 +20,7 @@ from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.merge_options import MergeOptions
 from adapterhub_tools.ops.merge_parts import Part
 from adapterhub_tools.ops.merge_plan import MergePlan, plan_merge
+from adapterhub_tools.ops.option_checks import check_choice
 from adapterhub_tools.ops.receipt_file import load_receipt
 from adapterhub_tools.ops.verify_causes import REMEDY, add_whole, difference_text, wrong
 from adapterhub_tools.ops.verify_claims import claim_problems, digest_problems
@@ -60,8 +61,7 @@ def verify(
         StoreError: a file cannot be read.
         DeviceError: the device is not here.
     """
-    if options.sample not in SAMPLES:
-        raise ValueError(f"sample must be one of {', '.join(SAMPLES)}, not {options.sample!r}")
+    check_choice("sample", options.sample, SAMPLES)
     device = device_of(options.device)
     shown = device_name(device)
     checkpoint = open_checkpoint(base)
