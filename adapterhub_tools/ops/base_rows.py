@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,11 @@ from adapterhub_tools.architectures import lookup
 from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.plan import ByteRange
+from adapterhub_tools.ops.dequantised_view import stored_view
 from adapterhub_tools.ops.fit import Fit, fit
 from adapterhub_tools.ops.hash import tensor_digests
 from adapterhub_tools.ops.name_rules import choose_rule
+from adapterhub_tools.ops.quantised_base import quantised_weights, refuse_conv1d, stored_scheme
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
@@ -28,33 +31,56 @@ class OpenBase:
 
     Args:
         base: its folder or file, or a base that is open already.
+        dequantised: True to see a base that is stored quantised as its dequantised weights; otherwise it is
+            refused when it is fitted.
+        compute_dtype: the safetensors dtype of dequantised weights; None takes what the base's config says,
+            else the dtype that each had before.
 
     Attributes:
-        checkpoint: the base.
+        checkpoint: the base, or its view as dequantised weights.
+        notes: what was decided by rule.
     """
 
-    def __init__(self, base: Path | Checkpoint) -> None:
-        """Reads the headers."""
-        self.checkpoint: Checkpoint = open_checkpoint(base)
+    def __init__(
+        self, base: Path | Checkpoint, *, dequantised: bool = False, compute_dtype: str | None = None
+    ) -> None:
+        """Reads the headers, and where ``dequantised`` how each weight is quantised.
+
+        Raises:
+            FormatError: a quantised weight lacks a part, or is damaged.
+            UnsupportedError: of a format, or of a scheme, that is not known here.
+        """
+        on_disk = open_checkpoint(base)
+        weights = quantised_weights(on_disk) if dequantised else {}
+        refuse_conv1d(on_disk, weights)
+        scheme = stored_scheme(weights)
+        self.notes: tuple[str, ...] = ()
+        if scheme is not None:
+            compute_dtype = compute_dtype or scheme.compute_dtype
+            self.notes = (f"computed with the base's {scheme.words} weights, dequantised",)
+        self.checkpoint: Checkpoint = stored_view(on_disk, weights, compute_dtype)
         self._files = {self.checkpoint.uri(file): file for file in self.checkpoint.files}
         self._opened: dict[str, OpenSource] = {}
         self._lock = threading.Lock()
 
-    def fit(self, adapter: Adapter) -> Fit:
+    def fit(self, adapter: Adapter, label: str = "") -> Fit:
         """Fits an adapter to the base.
+
+        Args:
+            adapter: the adapter.
+            label: what to call it in problems.
 
         Raises:
             MismatchError: it does not fit; every problem.
             UnsupportedError: the base is of a sort that cannot be computed with.
         """
         fitted = fit(adapter, self.checkpoint)
-        fitted.raise_for_problems()
-        return fitted
+        fitted.raise_for_problems(label)
+        return replace(fitted, notes=fitted.notes + self.notes)
 
     def range_of(self, name: str) -> ByteRange:
-        """Returns where a stored tensor is."""
-        stored = self.checkpoint.tensors[name]
-        return ByteRange(uri=self.checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
+        """Returns where a tensor's bytes are."""
+        return self.checkpoint.range_of(name)
 
     def open(self, uri: str) -> OpenSource:
         """Returns the open file that a range names."""
@@ -78,8 +104,9 @@ class OpenBase:
 
     def targets_input(self, fitted: Fit) -> HistoryInput:
         """Returns the base as an input of an operation: the digest of the adapter's target tensors."""
-        names = [name for name in fitted.target_names if name in self.checkpoint.tensors]
-        digests, _ = tensor_digests(self.checkpoint, algorithm=DEFAULT, names=names)
+        targets = [name for name in fitted.target_names if name in self.checkpoint.tensors]
+        names = self.checkpoint.stored_names(targets)
+        digests, _ = tensor_digests(self.checkpoint.on_disk, algorithm=DEFAULT, names=names)
         return HistoryInput(role="base-targets", digest=root_digest(DEFAULT, digests))
 
     def close(self) -> None:

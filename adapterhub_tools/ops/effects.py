@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapterhub_tools.engine.formula import formula
 from adapterhub_tools.engine.row_blocks import Effect, StoredRows
-from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, raise_for
+from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape, raise_for
 from adapterhub_tools.model.adapter import TargetModule
 from adapterhub_tools.model.plan import ByteRange, Step
 from adapterhub_tools.model.protocols import Progress, SilentProgress
@@ -72,10 +72,17 @@ class Effects:
         """
         self.progress: Progress = progress or SilentProgress()
         check_mergeable(opened)
-        self.base: OpenBase = OpenBase(base)
+        said = None if opened.manifest is None else opened.manifest.base.quantisation
+        compute_dtype = None if said is None else said.get("compute_dtype")
+        self.base: OpenBase = OpenBase(base, dequantised=True, compute_dtype=compute_dtype)
+        if said is not None and not self.base.notes:
+            scheme = escape(str(said.get("scheme")))
+            self.base.notes = (
+                f"computed with the base's weights as stored, though the manifest records {scheme}",
+            )
         stack.callback(self.base.close)
-        self.fit: Fit = self.base.fit(opened.adapter)
         label = opened.files.root.name
+        self.fit: Fit = self.base.fit(opened.adapter, label)
         self._part = Part(opened=opened, fit=self.fit, scale=1.0, label=label)
         self._adapter = stack.enter_context(opened.files.open_weights())
         modules = {module.path: module for module in self.fit.modules}
