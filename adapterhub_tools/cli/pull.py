@@ -66,7 +66,8 @@ def command(
     output.notes(f"not brought: {name} ({reason})" for name, reason in report.left)
     for link in report.chain:
         known = f"@{link.commit}" if link.commit else ""
-        output.notes([f"trained on {link.kind} {link.id}{known}{': ' * bool(link.note)}{link.note}"])
+        kind = "" if link.kind == "unknown" else f"{link.kind} "
+        output.notes([f"trained on {kind}{link.id}{known}{': ' * bool(link.note)}{link.note}"])
     if report.base is not None:
         output.notes([f"base {report.base}"])
     if dry_run or verbose:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterhub_tools.errors import FormatError, Problem, UnsupportedError, escape
+from adapterhub_tools.errors import FormatError, Problem, StoreError, UnsupportedError, escape
 from adapterhub_tools.hub.selection import CARD_NAME, is_signature, select_adapter
 from adapterhub_tools.hub.trees import git_blob_id
 from adapterhub_tools.hub.upload import Outgoing
@@ -52,14 +52,15 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
     Args:
         adapter: its folder.
         include: files to send although they are not on the list of files of an adapter.
-        write: whether a manifest that is missing may be written into the folder.
+        write: whether a manifest that is missing may be written into the folder; where it cannot be, it is
+            only sent.
 
     Raises:
         FormatError: it is not valid, or a scan found a secret or a disguise; every problem.
         IntegrityError: its files differ from its manifest.
         UnsupportedError: a file that would be sent is a symbolic link, a pickle or other code, or there is
             only a pickle.
-        StoreError: a file cannot be read, or the manifest cannot be written.
+        StoreError: a file cannot be read.
     """
     if adapter.is_file():
         raise UnsupportedError.of(
@@ -69,7 +70,7 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
             remedy="Put the file into a folder of its own, with its config, and give the folder.",
         )
     validate(adapter, accept_embeddings=True).raise_for_problems()
-    manifest, notes, is_new = _complete_manifest(adapter, write)
+    manifest, notes, is_new = _complete_manifest(adapter)
     names = tuple(_walk(adapter))
     absent = [name for name in include if name not in names]
     if absent:
@@ -88,9 +89,9 @@ def open_package(adapter: Path, *, include: Sequence[str] = (), write: bool) -> 
         unchanged = (adapter / MANIFEST_NAME).exists() and sent == manifest
         data = (adapter / MANIFEST_NAME).read_bytes() if unchanged else sent.to_bytes()
         _check_signatures(opened, unchanged)
-        if is_new and write:
+        if is_new:
             # Only now: one that a refused push left behind would not describe what is corrected after it.
-            write_manifest(adapter, manifest, replace=False)
+            notes = (*notes, _leave_manifest(adapter, manifest, write))
         known = {file.path: file.sha256 for file in sent.files}
         files = [
             _outgoing(name, source, known.get(name)) for name, source in opened.items() if name != CARD_NAME
@@ -119,13 +120,32 @@ def outgoing_bytes(path: str, data: bytes) -> Outgoing:
     )
 
 
-def _complete_manifest(adapter: Path, write: bool) -> tuple[Manifest, tuple[str, ...], bool]:
+def _complete_manifest(adapter: Path) -> tuple[Manifest, tuple[str, ...], bool]:
     """Returns the manifest of the folder, or one made for it; what to say of that; whether it is new."""
     if (adapter / MANIFEST_NAME).exists():
         return load_manifest(adapter), (), False
-    manifest, notes = new_manifest(adapter)
-    done = "was" if write else "would be"
-    return manifest, (*notes, f"{MANIFEST_NAME} {done} written into the folder"), True
+    return *new_manifest(adapter), True
+
+
+def _leave_manifest(adapter: Path, manifest: Manifest, write: bool) -> str:
+    """Writes a new manifest into the folder; one that cannot be written, such as an image, is sent as it is.
+
+    Returns:
+        a remark on what was done.
+
+    Raises:
+        StoreError: somebody else wrote one meanwhile.
+    """
+    if not write:
+        return f"{MANIFEST_NAME} would be written into the folder"
+    try:
+        write_manifest(adapter, manifest, replace=False)
+    except StoreError as error:
+        problem = error.problems[0]
+        if problem.kind == "exists":
+            raise
+        return f"{MANIFEST_NAME} is sent, but not written into the folder: {problem.message}"
+    return f"{MANIFEST_NAME} was written into the folder"
 
 
 def _walk(root: Path, below: str = "") -> Iterator[str]:

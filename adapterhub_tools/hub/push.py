@@ -11,7 +11,7 @@ from adapterhub_tools.errors import FormatError, HubError, escape
 from adapterhub_tools.hub import card
 from adapterhub_tools.hub.package import Package, open_package, outgoing_bytes
 from adapterhub_tools.hub.patience import TransientError, patiently
-from adapterhub_tools.hub.reference import HubReference, check_revision, is_commit
+from adapterhub_tools.hub.reference import HubReference, check_git_name, is_commit
 from adapterhub_tools.hub.repository import DEFAULT_BRANCH, Commit, Repository
 from adapterhub_tools.hub.selection import CARD_NAME
 from adapterhub_tools.hub.settle import find_commit
@@ -164,11 +164,11 @@ def push_to_hub(
         raise FormatError.of(
             "revision", "the revision is given twice.", loc="--revision", remedy="Give it once."
         )
-    branch = check_revision(revision or reference.revision or DEFAULT_BRANCH)
+    branch = reference.revision or check_git_name(revision or DEFAULT_BRANCH, "--revision", "next")
     if is_commit(branch):
         message = f"{branch} is a commit, and commits do not change."
         raise FormatError.of("revision", message, loc="--revision", remedy="Name a branch.")
-    if tag is not None and (is_commit(check_revision(tag)) or tag == branch):
+    if tag is not None and (is_commit(check_git_name(tag, "--tag", "v1.0")) or tag == branch):
         message = f"{escape(tag)} would be taken for a commit or for the branch."
         raise FormatError.of("tag", message, loc="--tag", remedy="Choose a name such as v1.0.")
     if "/" not in reference.id:
@@ -214,7 +214,10 @@ def _find(target: Target, dry_run: bool) -> Commit | None:
     """
     repository = target.repository
     try:
-        return repository.pin(target.branch)
+        found = repository.pin(target.branch)
+        if target.branch != DEFAULT_BRANCH:
+            _refuse_tag(target)
+        return found
     except HubError as error:
         kind = error.problems[0].kind
         if kind not in ("not-found", "no-revision"):
@@ -229,6 +232,23 @@ def _find(target: Target, dry_run: bool) -> Commit | None:
     if target.branch != DEFAULT_BRANCH and not dry_run and not target.create_pr:
         repository.create_branch(target.branch, start.id)
     return start
+
+
+def _refuse_tag(target: Target) -> None:
+    """Refuses a revision that is a tag, before anything is sent: nothing can be added to one.
+
+    Raises:
+        FormatError: it is one.
+        HubError: the tags cannot be read.
+    """
+    branch = target.branch
+    if branch in target.repository.tags() and branch not in target.repository.branches():
+        raise FormatError.of(
+            "revision",
+            f"{escape(branch)} is a tag of {escape(target.repository.id)}, and tags do not move.",
+            loc="--revision",
+            remedy="Name a branch; --tag gives the new commit a tag of its own.",
+        )
 
 
 def _files(

@@ -120,8 +120,35 @@ def check_revision(revision: str, text: str = "") -> str:
     Raises:
         FormatError: it is hostile or no git name.
     """
+    if not _is_git_name(revision):
+        raise _refused(text or revision, f"the revision {escape(revision)!r} is not a git name")
+    return revision
+
+
+def check_git_name(name: str, option: str, example: str) -> str:
+    """Returns the name of a branch or tag that an option gives, if git would accept it.
+
+    Args:
+        name: the name.
+        option: such as ``"--tag"``.
+        example: a name to choose instead.
+
+    Raises:
+        FormatError: it is hostile or no git name.
+    """
+    if not _is_git_name(name):
+        message = (
+            f"{escape(name)!r} is not a name that git takes: letters, digits, '.', '_', '-' and '/' are safe."
+        )
+        raise FormatError.of(
+            option.strip("-"), message, loc=option, remedy=f"Choose a name such as {example}."
+        )
+    return name
+
+
+def _is_git_name(revision: str) -> bool:
     if is_commit(revision) or _REFS.fullmatch(revision):
-        return revision
+        return True
     parts = revision.split("/")
     wrong = (
         not revision
@@ -131,9 +158,7 @@ def check_revision(revision: str, text: str = "") -> str:
         or "@{" in revision
         or any(char in "\\~^:?*[ \"'<>|#%&" or not char.isprintable() for char in revision)
     )
-    if wrong:
-        raise _refused(text or revision, f"the revision {escape(revision)!r} is not a git name")
-    return revision
+    return not wrong
 
 
 def is_commit(revision: str) -> bool:

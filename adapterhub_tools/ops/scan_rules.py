@@ -183,7 +183,7 @@ SYMLINK = _rule(
 HIDDEN_FILE = _rule(
     "hidden-file",
     "warning",
-    "a hidden file or folder that no known tool makes",
+    "a hidden file or folder (such as .env or .DS_Store), but for those of git, the Hub and this tool",
     "Look at it; remove it if nothing needs it.",
 )
 LOCAL_BASE = _rule(

@@ -87,13 +87,37 @@ def test_an_expired_token_is_named_as_such(
         (("--tag", "main"), "tag"),
         (("--tag", "b" * 40), "tag"),
         (("--revision", "dev", "--tag", "dev"), "tag"),
+        (("--tag", "a b"), "tag"),
+        (("--tag", "v1..2"), "tag"),
+        (("--revision", "a b"), "revision"),
     ],
 )
 def test_names_that_would_be_taken_for_something_else(
     hub_server: HubServer, client: ForkedClient, adapter: Path, options: tuple[str, ...], kind: str
 ) -> None:
-    refused(client.run("push", adapter, "hf://alice/never", "--json", *options), 3, kind)
+    ran = client.run("push", adapter, "hf://alice/never", "--json", *options)
+    remedy = refused(ran, 3, kind)
+    assert ran.json["problems"][0]["loc"] == f"--{kind}"
+    assert "hf://" not in remedy
     assert hub_server.requests() == []
+
+
+def test_a_push_to_a_tag_is_refused_before_anything_is_sent(
+    hub_server: HubServer, client: ForkedClient, adapter: Path
+) -> None:
+    repo = hub_server.repo_name("tagged")
+    done(client.run("push", adapter, f"hf://{repo}", "--json", "--tag", "v1"))
+    done(client.run("push", adapter, f"hf://{repo}", "--json", "--revision", "next"))
+    before, seen = hub_server.state(repo), len(hub_server.requests())
+    (adapter / "LICENSE").write_text("MIT", encoding="utf-8")
+    (adapter / "adapter_manifest.json").unlink()
+    for given in ((f"hf://{repo}", "--revision", "v1"), (f"hf://{repo}@v1",)):
+        for more in ((), ("--create-pr",), ("--dry-run",)):
+            ran = client.run("push", adapter, *given, *more, "--json")
+            assert "Name a branch" in refused(ran, 3, "revision")
+    assert {request["method"] for request in hub_server.requests()[seen:]} == {"GET"}
+    assert hub_server.state(repo) == before
+    done(client.run("push", adapter, f"hf://{repo}", "--json", "--revision", "next"))
 
 
 @pytest.mark.parametrize("command", ["inspect", "validate", "scan"])
