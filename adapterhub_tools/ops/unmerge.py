@@ -62,8 +62,7 @@ def unmerge(
     if options.approximate:
         from adapterhub_tools.ops.unmerge_approximate import approximate
 
-        ordered = [item.files.root for item in opened]
-        return approximate(merged, ordered, out, receipt, last, options, progress)
+        return approximate(merged, opened, out, receipt, last, options, progress)
     checkpoint = open_checkpoint(merged)
     with open_undo(merged, receipt) as undo:
         headers = {file: _base_header(undo, file, blob) for file, blob in undo.undo.headers.items()}

@@ -1,8 +1,6 @@
 """Comes close to the base of a merge without an undo file: subtracts, and says how far off that is.
 
-What rounding the merged weight lost cannot be computed back. With the spacings u of W and u' of W' = round(W
-+ Δ), the lost part is at most u'/2 and about uniform, so round(W' − Δ) misses W with probability 1 − u/u'
-where u' > u, and else not at all but for ties.
+What rounding the merged weight lost cannot be computed back; how much that is: engine/subtraction_error.py.
 """
 
 from __future__ import annotations
@@ -14,13 +12,19 @@ from pathlib import Path
 from adapterhub_tools import registry
 from adapterhub_tools.errors import IntegrityError, LossyError, UnsupportedError
 from adapterhub_tools.model.combination import CombinationChoice
-from adapterhub_tools.model.protocols import Progress
+from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.model.receipt import RECEIPT_FILE, EarlierMerge, Receipt
+from adapterhub_tools.ops.adapter_reader import OpenedAdapter
+from adapterhub_tools.ops.combine_plan import combined_parts
+from adapterhub_tools.ops.device import device_of
 from adapterhub_tools.ops.merge import merge
+from adapterhub_tools.ops.merge_base import settle_base
+from adapterhub_tools.ops.merge_inputs import open_mergeable
 from adapterhub_tools.ops.merge_options import MergeOptions
+from adapterhub_tools.ops.merge_plan import plan_merge
 from adapterhub_tools.ops.module_kinds import is_additive
 from adapterhub_tools.ops.unmerge_report import UnmergeOptions, UnmergeReport
-from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
+from adapterhub_tools.store.checkpoint import open_checkpoint
 from adapterhub_tools.store.digest import digest_checkpoint, root_digest, split_digest
 
 _REMEDY = "Use the base itself; or merge with --undo next time."
@@ -29,7 +33,7 @@ _NARROW = ("bfloat16", "float16")
 
 def approximate(
     merged: Path,
-    adapters: Sequence[Path],
+    adapters: Sequence[OpenedAdapter],
     out: Path | None,
     receipt: Receipt,
     last: EarlierMerge,
@@ -53,31 +57,24 @@ def approximate(
             merge wrote a quantised base.
         IntegrityError: the merged model was changed after the merge.
     """
-    _refuse(receipt, last)
+    _refuse(receipt, last, adapters)
+    paths = [item.files.root for item in adapters]
     _check_unchanged(merged, receipt, options)
-    report = merge(
-        merged,
-        adapters,
-        out,
-        MergeOptions(
-            scales=tuple(-adapter.scale for adapter in last.adapters),
-            replace=options.replace,
-            allow_replace_gap=options.allow_replace_gap,
-            device=options.device,
-            threads=options.threads,
-            dry_run=options.dry_run,
-            check_base="off",
-            accept_embeddings=True,
-            onto="original",  # the merged weights as they are, whatever the adapters were trained on
-            combination=_negated(last.combination),
-            approximates=receipt.digest,
-        ),
-        progress,
+    asked = MergeOptions(
+        scales=tuple(-adapter.scale for adapter in last.adapters),
+        replace=options.replace,
+        allow_replace_gap=options.allow_replace_gap,
+        device=options.device,
+        threads=options.threads,
+        dry_run=options.dry_run,
+        check_base="off",
+        accept_embeddings=True,
+        onto="original",  # the merged weights as they are, whatever the adapters were trained on
+        combination=_negated(last.combination),
+        approximates=receipt.digest,
     )
-    wrong, largest = None, None
-    if report.receipt is not None and out is not None:
-        names = [tensor.name for tensor in report.receipt.tensors if tensor.action == "merge"]
-        wrong, largest = _error(open_checkpoint(merged), open_checkpoint(out), names)
+    wrong, largest = _error(merged, paths, asked, progress or SilentProgress())
+    report = merge(merged, paths, out, asked, progress)
     return UnmergeReport(
         out=report.out,
         dry_run=report.dry_run,
@@ -92,7 +89,7 @@ def approximate(
     )
 
 
-def _refuse(receipt: Receipt, last: EarlierMerge) -> None:
+def _refuse(receipt: Receipt, last: EarlierMerge, adapters: Sequence[OpenedAdapter]) -> None:
     if last.options.get("onto") == "quantized":
         raise UnsupportedError.of(
             "undo-quantised",
@@ -118,11 +115,13 @@ def _refuse(receipt: Receipt, last: EarlierMerge) -> None:
             loc="--approximate",
             remedy=_REMEDY,
         )
-    for adapter in last.adapters:
-        if not is_additive(adapter.method):
+    methods = {adapter.method for adapter in last.adapters}
+    methods |= {module.method for item in adapters for module in item.adapter.modules}
+    for method in sorted(methods):
+        if not is_additive(method):
             raise UnsupportedError.of(
                 "not-additive",
-                f"{adapter.method} does not add a delta that could be subtracted.",
+                f"{method} does not add a delta that could be subtracted.",
                 loc="--approximate",
                 remedy=_REMEDY,
             )
@@ -161,29 +160,21 @@ def _negated(choice: CombinationChoice | None) -> CombinationChoice | None:
     return replace(choice, weights=weights)
 
 
-def _error(merged: Checkpoint, found: Checkpoint, names: Sequence[str]) -> tuple[int, float]:
+def _error(
+    merged: Path, adapters: Sequence[Path], options: MergeOptions, progress: Progress
+) -> tuple[int, float]:
     """Returns how many weights are expected to be wrong, and a bound on the error in units of their ulp."""
-    import torch
+    from adapterhub_tools.engine.run import default_threads
+    from adapterhub_tools.engine.subtraction_error import subtraction_error
 
-    from adapterhub_tools.engine.row_blocks import StoredRows
-    from adapterhub_tools.linalg.formats import FORMATS
-    from adapterhub_tools.model.plan import ByteRange
-
-    wrong, largest = 0.0, 0.0
-    for name in names:
-        pair = []
-        for checkpoint in (merged, found):
-            stored = checkpoint.tensors[name]
-            item = ByteRange(uri=checkpoint.uri(stored.file), offset=stored.offset, spec=stored.spec)
-            pair.append((checkpoint.open(stored.file), item))
-        form = FORMATS[pair[0][1].spec.dtype]
-        lowest = form.min_exponent + form.precision
-        with pair[0][0] as left, pair[1][0] as right:
-            before, after = StoredRows(left, pair[0][1]), StoredRows(right, pair[1][1])
-            for (_, old), (_, new) in zip(before.blocks(), after.blocks(), strict=True):
-                exponents = [torch.frexp(block)[1].clamp(min=lowest) for block in (old, new)]
-                ratio = torch.exp2((exponents[0] - exponents[1]).double())
-                ratio[old == new] = 1.0  # no delta there
-                wrong += float((1 - 1 / ratio.clamp(min=1)).sum())
-                largest = max(largest, float(ratio.max()) / 2 + 0.5 if ratio.numel() else 0.0)
-    return round(wrong), largest
+    opened = [open_mergeable(path, options) for path in adapters]
+    started = settle_base(open_checkpoint(merged), opened, adapters, options.scales, options)
+    parts = combined_parts(started.parts, options.combination)
+    planned = plan_merge(started.checkpoint, parts, options, lambda _: 0)
+    return subtraction_error(
+        planned.plan,
+        planned.sources,
+        threads=options.threads or default_threads(),
+        device=device_of(options.device),
+        progress=progress,
+    )

@@ -40,7 +40,8 @@ class UnmergeReport:
         nbytes: bytes of the weight files.
         digest: the content digest of the output; None in a dry run.
         expected_wrong: for an approximation, how many weights are expected to differ from the base's.
-        largest_error: for an approximation, a bound on that difference in units of the last place.
+        largest_error: for an approximation, a bound on each difference in units in the last place of what is
+            written; large where a weight is small against its delta.
         notes: what cannot come back.
     """
 
@@ -59,8 +60,10 @@ class UnmergeReport:
     def summary(self) -> str:
         """One line that proves what was done."""
         if self.dry_run:
+            near = "" if self.exact else f", {self._error}"
             return (
-                f"dry run: {self.restored} of {self.tensors} tensors would be restored; nothing was written"
+                f"dry run: {self.restored} of {self.tensors} tensors would be restored{near}; nothing was "
+                "written"
             )
         if self.exact:
             return (
@@ -68,9 +71,14 @@ class UnmergeReport:
                 f"{self.nbytes:,} bytes, {self.digest}, {self.out}"
             )
         return (
-            f"approximated: {self.restored} of {self.tensors} tensors, about {self.expected_wrong:,} weights "
-            f"differ from the base's, {self.nbytes:,} bytes, {self.digest}, {self.out}"
+            f"approximated: {self.restored} of {self.tensors} tensors, {self._error}, {self.nbytes:,} bytes, "
+            f"{self.digest}, {self.out}"
         )
+
+    @property
+    def _error(self) -> str:
+        most = f"{self.largest_error:g}"
+        return f"about {self.expected_wrong:,} weights differ from the base's, by {most} ulp at most"
 
     def to_json(self) -> dict[str, Any]:
         """Returns every field."""
