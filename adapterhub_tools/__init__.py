@@ -72,28 +72,8 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
+# Where public names are defined; one that stands nowhere here is a function of api.
 _HOMES = {
-    "api": (
-        "adapter_digest",
-        "combine_adapters",
-        "content_digest",
-        "convert",
-        "extract",
-        "fit",
-        "init",
-        "inspect",
-        "list_adapters",
-        "load_manifest",
-        "merge",
-        "pull",
-        "push",
-        "scan",
-        "sign",
-        "svd_shrink",
-        "unmerge",
-        "validate",
-        "verify",
-    ),
     "errors": (
         "AdapterError",
         "DeviceError",
@@ -196,9 +176,9 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Loads a public name from the module that defines it (PEP 562)."""
-    home = _HOME_OF.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME_OF.get(name, "api")
     from importlib import import_module
 
     value: object = getattr(import_module(f"{__name__}.{home}"), name)

@@ -49,7 +49,8 @@ def combine_adapters(
     """Combines adapters into one that does what they do together.
 
     Deltas are combined, not factors, and each as it acts: scales, rsLoRA, patterns, different ranks and
-    targets, and what DoRA and other methods do to their base.
+    targets, and what DoRA and other methods do to their base. docs/combine.md has the formula and the source
+    of every method, and how much memory it takes.
 
     Args:
         adapters: the adapters' folders or ``.safetensors`` files, at least two.
@@ -97,6 +98,11 @@ def combine_adapters(
         IntegrityError: an adapter differs from its manifest, or the base from what a manifest records.
         LossyError: a value overflows the dtype of the factors.
         StoreError: could not read or write; the destination is untouched.
+        ValueError: a value that an option does not have, or no ``out`` without ``dry_run``.
+
+    Example:
+        >>> at.combine_adapters(["style", "facts"], out="both", weights=[0.7, 0.3])
+        >>> at.combine_adapters(["a", "b"], out="merged", weights=[1, 1], method="ties", into="base")
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import combine as op

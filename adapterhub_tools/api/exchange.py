@@ -46,6 +46,9 @@ def push(
         UnsupportedError: a symbolic link, a pickle alone, or an option that a registry does not have.
         HubError: it could not be pushed; the remote holds what it held, or all of the new.
         StoreError: a file cannot be read or was changed meanwhile.
+
+    Example:
+        >>> at.push("my-adapter", "hf://me/my-adapter", tag="v1.0", dry_run=True).summary
     """
     from adapterhub_tools.hub import transfer
 
@@ -91,6 +94,9 @@ def pull(
         IntegrityError: bytes differ from the digests of the commit or of the manifest.
         FormatError: it is no adapter, or its manifest or config is broken.
         StoreError: the folder cannot be written; what was there is untouched.
+
+    Example:
+        >>> at.pull("hf://me/my-adapter@v1.0", "my-adapter", base="base").summary
     """
     from adapterhub_tools.hub import transfer
 
@@ -117,6 +123,9 @@ def list_adapters(ref: str | None = None) -> ListReport:
         FormatError: nothing is given and the environment names no registry, or a record is broken.
         StoreError: there is no registry.
         HubError: it cannot be read.
+
+    Example:
+        >>> at.list_adapters("file:///registry").adapters
     """
     from adapterhub_tools.hub import transfer
 

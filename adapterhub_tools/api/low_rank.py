@@ -35,6 +35,11 @@ def svd_shrink(
 ) -> LowRankReport:
     """Shrinks a LoRA or DoRA adapter to lower ranks; exactly one policy chooses them.
 
+    Each delta s·B·A becomes its best approximation of the new rank in the Frobenius norm (Eckart and Young
+    1936), in float64 and from the factors alone: nothing dense is formed. See docs/algebra.md.
+
+    Memory: the factors of one module for each thread.
+
     Args:
         adapter: the adapter's folder or ``.safetensors`` file.
         out: the folder to write; None only with ``dry_run``.
@@ -60,6 +65,11 @@ def svd_shrink(
         UnsupportedError: it is neither LoRA nor DoRA; convert it first.
         MismatchError: no policy, or one that does not fit the adapter.
         StoreError: could not read or write; the destination is untouched.
+        ValueError: an unknown dtype, or no ``out`` without ``dry_run``.
+
+    Example:
+        >>> at.svd_shrink("my-adapter", "small", energy=0.99).ranks
+        >>> at.svd_shrink("my-adapter", None, rank=[8, "q_proj=4"], dry_run=True).summary
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import shrink as op
@@ -111,6 +121,12 @@ def convert(
 ) -> LowRankReport:
     """Converts an adapter to plain LoRA or to DoRA.
 
+    LoRA becomes DoRA exactly, but for one rounding of the magnitudes ‖W + s·B·A‖. Any mergeable method
+    becomes LoRA by the best approximation of what it does to its base, f(W) − W, which is exact where that
+    has the rank. See docs/algebra.md.
+
+    Memory: the factors of one module for each thread, or blocks of its weight and a sketch.
+
     Args:
         adapter: the adapter's folder or ``.safetensors`` file.
         out: the folder to write; None only with ``dry_run``.
@@ -137,6 +153,10 @@ def convert(
         MismatchError: nothing to convert, or the base or the initial adapter is missing or does not fit.
         LossyError: the error of a module is above ``max_error``.
         StoreError: could not read or write; the destination is untouched.
+        ValueError: another target, an unknown dtype, or no ``out`` without ``dry_run``.
+
+    Example:
+        >>> at.convert("my-oft", "my-lora", to="lora", base="base", rank="auto", max_error=0.01)
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import convert as op
@@ -187,6 +207,11 @@ def extract(
 ) -> LowRankReport:
     """Extracts a LoRA adapter from a tuned model: what takes the base to it, at chosen ranks.
 
+    Each changed matrix gives D = W_tuned − W_base and, by a randomised SVD whose error is measured, the
+    leading singular triplets of D. See docs/algebra.md.
+
+    Memory: differences of at most 192 MiB together, else blocks of 4 MiB, and a sketch for each thread.
+
     Args:
         base: the base's folder or ``.safetensors`` file.
         tuned: the tuned model's.
@@ -217,6 +242,10 @@ def extract(
         UnsupportedError: one of them is quantised.
         LossyError: changes that no adapter can express, unless allowed.
         StoreError: could not read or write; the destination is untouched.
+        ValueError: an unknown dtype, or no ``out`` without ``dry_run``.
+
+    Example:
+        >>> at.extract("base", "my-tuned-model", "my-adapter", rank=32).summary
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import extract as op

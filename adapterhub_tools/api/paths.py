@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -34,3 +35,8 @@ def local_path(reference: Reference) -> Path:
 def optional_path(reference: Reference | None) -> Path | None:
     """Returns the path that a reference names, or None for None."""
     return None if reference is None else local_path(reference)
+
+
+def several(given: Reference | Sequence[Reference]) -> list[Reference]:
+    """Returns one reference or several as a list."""
+    return [given] if isinstance(given, str | PathLike) else list(given)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.api.paths import Reference, local_path, optional_path
+from adapterhub_tools.api.paths import Reference, local_path, optional_path, several
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.protocols import Progress
@@ -30,6 +29,8 @@ def unmerge(
 ) -> UnmergeReport:
     """Writes the base that a merged model was made from, bit for bit.
 
+    What the merged weights predict of the base is corrected by what the undo file recorded; see docs/undo.md.
+
     Args:
         merged: a folder that ``merge(undo=True)`` wrote.
         out: the folder to write; None only with ``dry_run``.
@@ -50,6 +51,11 @@ def unmerge(
         StoreError: could not read or write; the destination is untouched.
         DeviceError: the device is not here.
         ValueError: an unknown device.
+
+    Example:
+        >>> at.merge("base", "my-adapter", "merged", undo=True)
+        >>> at.unmerge("merged", "base-again", adapter="my-adapter").exact
+        True
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import unmerge as op
@@ -63,8 +69,7 @@ def unmerge(
         threads=threads,
         dry_run=dry_run,
     )
-    adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
-    with resolve.adapter_folders(adapters) as folders:
+    with resolve.adapter_folders(several(adapter)) as folders:
         return op.unmerge(local_path(merged), folders, optional_path(out), options, progress)
 
 
@@ -115,6 +120,11 @@ def verify(
             where nothing but digests and signatures is compared, which only the CPU does.
         StoreError: a file cannot be read.
         DeviceError: the device is not here.
+
+    Example:
+        >>> at.verify(base="base", adapter="my-adapter", merged="merged").ok
+        True
+        >>> at.verify(merged="merged", receipt=True).summary
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import verify as op
@@ -128,7 +138,7 @@ def verify(
         raise ValueError("digests and signatures are compared on the CPU")
     if logits:
         require_extra()
-    adapters = [adapter] if isinstance(adapter, str | PathLike) else list(adapter)
+    adapters = several(adapter)
     signature = None if pubkey is None else verify_signature(folder, local_path(pubkey))
     if signature is not None and not receipt and base is None and not adapters:
         return signature
@@ -171,6 +181,11 @@ def sign(folder: Reference, *, key: Reference, replace: bool = False) -> SignRep
         UnsupportedError: the extra is not installed; it is no folder; the key lies in it.
         FormatError: it is no such key; there is a symbolic link in the folder.
         StoreError: it is signed already; a file cannot be read or written.
+
+    Example:
+        >>> at.sign("merged", key="key.pem").files
+        >>> at.verify(merged="merged", pubkey="key.pub").ok
+        True
     """
     from adapterhub_tools.ops import sign as op
 

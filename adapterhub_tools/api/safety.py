@@ -29,6 +29,9 @@ def scan(path: Reference, *, ignore: Sequence[str] = (), strict: bool = False) -
     Raises:
         HubError: a reference cannot be had.
         ValueError: ``ignore`` names no rule.
+
+    Example:
+        >>> at.scan("hf://me/my-adapter", ignore=["remote-code"]).raise_for_problems()
     """
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import scan as op

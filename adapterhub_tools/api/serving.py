@@ -61,6 +61,9 @@ def fit(
         LossyError: a module's error is above ``max_error``.
         StoreError: could not read or write; the destination is untouched.
         ValueError: a server that is not known, or no ``out``.
+
+    Example:
+        >>> at.fit("my-adapter", server="vllm", check=True).verdict
     """
     from contextlib import ExitStack
 

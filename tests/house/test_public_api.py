@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import inspect
 import subprocess
 import sys
@@ -100,6 +102,30 @@ def test_every_public_function_and_class_is_documented() -> None:
         value = getattr(at, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             assert inspect.getdoc(value), name
+
+
+def calls_shown(function: Callable[..., object]) -> list[ast.Call]:
+    """The calls of public functions in the examples of a docstring."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(function) or "")
+    nodes = [node for example in examples for node in ast.walk(ast.parse(example.source))]
+    return [
+        node
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "at"
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in at.__all__ if inspect.isfunction(getattr(at, name))])
+def test_every_function_shows_a_call_of_itself_that_its_signature_takes(name: str) -> None:
+    calls = calls_shown(getattr(at, name))
+    assert name in {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)}
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        keywords = {str(keyword.arg): None for keyword in call.keywords}
+        inspect.signature(getattr(at, call.func.attr)).bind(*call.args, **keywords)
 
 
 @pytest.mark.parametrize("name", command_names())
