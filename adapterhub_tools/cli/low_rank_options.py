@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterhub_tools.cli.options import replace_options, threads_option, together
+from adapterhub_tools.cli.options import Decorator, replace_options, threads_option, together
 
 if TYPE_CHECKING:
     from adapterhub_tools.cli.output import Output
     from adapterhub_tools.ops.shrink_report import LowRankReport, ModuleReport
 
-output_options = together(
+output_options: Decorator = together(
     replace_options,
     threads_option,
     click.option("--dry-run", is_flag=True, help="Compute and report; write nothing."),
 )
 """The options of a command that computes an adapter and writes its folder."""
 
-policy_options = together(
+policy_options: Decorator = together(
     click.option(
         "--rank",
         multiple=True,
@@ -44,7 +44,7 @@ policy_options = together(
 )
 """The policies that choose ranks; a command needs exactly one of them."""
 
-plot_option = click.option(
+plot_option: Decorator = click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False, readable=False),
     help="Draw the spectra into this .png or .svg file; needs matplotlib.",

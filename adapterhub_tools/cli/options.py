@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+class Decorator(Protocol):
+    """Adds options to the function of a command."""
+
+    def __call__(self, function: F, /) -> F:
+        """Returns the function with the options."""
+        ...
+
+
+def together(*options: Decorator) -> Decorator:
     """Makes one decorator of several options, which the help lists in this order."""
 
     def decorate(function: F) -> F:
-        decorated: Any = function
         for option in reversed(options):
-            decorated = option(decorated)
-        return decorated  # type: ignore[no-any-return]
+            function = option(function)
+        return function
 
     return decorate
 
@@ -25,7 +32,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 DTYPES = click.Choice(["float64", "float32", "bfloat16", "float16"])
 """What ``--dtype`` may be."""
 
-replace_options = together(
+replace_options: Decorator = together(
     click.option("--replace", is_flag=True, help="Replace OUT if it exists, in one step."),
     click.option(
         "--allow-replace-gap",
@@ -35,13 +42,13 @@ replace_options = together(
 )
 """``--replace`` and ``--allow-replace-gap``, of a command that writes the folder OUT."""
 
-threads_option = click.option(
+threads_option: Decorator = click.option(
     "--threads", type=click.IntRange(min=1), help="The number of workers; chosen if not given."
 )
 """``--threads``."""
 
 
-def device_option(words: str) -> Callable[[F], F]:
+def device_option(words: str) -> Decorator:
     """Makes ``--device``, explained by these words."""
     return click.option(
         "--device",

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterhub_tools.cli.ending import Interrupted, drop_output, remove_unfinished, system_error
-from adapterhub_tools.cli.options import together
+from adapterhub_tools.cli.options import Decorator, together
 from adapterhub_tools.cli.output import Output
 from adapterhub_tools.errors import AdapterError, StoreError
 
@@ -98,7 +98,7 @@ def _not_with_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> bool
     return value
 
 
-standard_options = together(
+standard_options: Decorator = together(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
     click.option("-q", "--quiet", is_flag=True, is_eager=True, help="Print only the last line."),
     click.option(
