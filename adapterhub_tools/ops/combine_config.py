@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapterhub_tools.errors import escape
 from adapterhub_tools.ops.combine_inputs import CombineInput
 from adapterhub_tools.store.digest import file_sha256
 from adapterhub_tools.store.side_files import classify
@@ -56,7 +57,10 @@ def common_config(
         values = [_plain(config.get(name, _ABSENT)) for config in configs]
         if name in _DECIDED:
             continue
-        if all(value == values[0] for value in values):
+        if name == "base_model_name_or_path":
+            known = {value for value in values if isinstance(value, str) and value}
+            found[name] = known.pop() if len(known) == 1 else None
+        elif all(value == values[0] for value in values):
             if values[0] is not _ABSENT:
                 found[name] = values[0]
         elif name != "modules_to_save":
@@ -68,10 +72,26 @@ def common_config(
     found.update(_targets(configs, paths, complete=complete))
     if tokens:
         found["trainable_token_indices"] = {path: list(rows) for path, rows in tokens.items()}
-    notes: tuple[str, ...] = ()
+    notes = _base_notes(inputs, configs)
     if differing:
-        notes = (f"the configs differ in {', '.join(differing)}, so PEFT's defaults are written",)
-    return found, notes
+        notes.append(f"the configs differ in {', '.join(differing)}, so PEFT's defaults are written")
+    return found, tuple(notes)
+
+
+def _base_notes(inputs: Sequence[CombineInput], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tells where configs name different bases: names alone do not say whether the weights differ."""
+    named = {
+        item.label: value
+        for item, config in zip(inputs, configs, strict=True)
+        if isinstance(value := config.get("base_model_name_or_path"), str) and value
+    }
+    if len(set(named.values())) < 2:
+        return []
+    says = ", ".join(f"{escape(label)} {escape(value)}" for label, value in named.items())
+    return [
+        f"the configs name different bases ({says}), so the result names none; deltas of different weights "
+        "have nothing in common"
+    ]
 
 
 def common_side(inputs: Sequence[CombineInput]) -> tuple[Path | None, tuple[str, ...]]:

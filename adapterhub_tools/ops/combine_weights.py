@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, nan
 
 from adapterhub_tools.dialects.peft import match_keys
 from adapterhub_tools.errors import MismatchError, escape
@@ -35,7 +35,7 @@ class Weights:
 
         Raises:
             MismatchError: none without pattern, a number that is none or not finite, or as many numbers as
-                there are not adapters.
+                there are not adapters; or every number is 0.
         """
         default: tuple[float, ...] | None = None
         patterns: dict[str, tuple[float, ...]] = {}
@@ -43,9 +43,10 @@ class Weights:
             pattern, equals, numbers = entry.rpartition("=")
             found = _numbers(entry, numbers)
             if len(found) != count:
+                weights = f"{len(found)} weight{'s'[: len(found) != 1]}"
                 raise MismatchError.of(
                     "weights",
-                    f"{escape(repr(entry))} has {len(found)} weights for {count} adapters.",
+                    f"{escape(repr(entry))} has {weights}; expected {count}, one for each adapter.",
                     loc="--weights",
                     remedy=_REMEDY,
                 )
@@ -68,6 +69,13 @@ class Weights:
             raise MismatchError.of(
                 "weights",
                 "weights for the modules that no pattern names are missing.",
+                loc="--weights",
+                remedy=_REMEDY,
+            )
+        if not any(any(numbers) for numbers in (default, *patterns.values())):
+            raise MismatchError.of(
+                "weights",
+                "every weight is 0, so nothing of any adapter would be left.",
                 loc="--weights",
                 remedy=_REMEDY,
             )
@@ -113,12 +121,19 @@ class Weights:
 
 
 def _numbers(entry: str, text: str) -> tuple[float, ...]:
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or not all(isfinite(number) for number in found):
-        raise MismatchError.of(
-            "weights", f"{escape(repr(entry))} holds no finite numbers.", loc="--weights", remedy=_REMEDY
-        )
-    return found
+    found = []
+    for part in text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = nan
+        if not isfinite(number):
+            raise MismatchError.of(
+                "weights",
+                f"{escape(repr(entry))} holds {escape(repr(part))}; expected finite numbers, with commas "
+                "between them.",
+                loc="--weights",
+                remedy=_REMEDY,
+            )
+        found.append(number)
+    return tuple(found)

@@ -111,12 +111,17 @@ class Fit:
         """Returns the base tensor that has a tensor's values: the embedding's for a head not stored."""
         return name if self.tie is None else self.tie.source_of(name)
 
-    def raise_for_problems(self) -> None:
-        """Raises UnsupportedError if all problems are of that sort, MismatchError if not; returns if none."""
+    def raise_for_problems(self, label: str = "") -> None:
+        """Raises UnsupportedError if all problems are of that sort, MismatchError if not; returns if none.
+
+        Args:
+            label: what to call the adapter in problems that name no file.
+        """
         if not self.problems:
             return
         unsupported = all(p.kind in _UNSUPPORTED for p in self.problems)
-        raise (UnsupportedError if unsupported else MismatchError)(*self.problems)
+        named = (problem if problem.file else replace(problem, file=label) for problem in self.problems)
+        raise (UnsupportedError if unsupported else MismatchError)(*named)
 
 
 def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fit:

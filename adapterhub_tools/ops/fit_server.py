@@ -10,7 +10,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.errors import LossyError, MismatchError, Problem, UnsupportedError
+from adapterhub_tools.errors import LossyError, MismatchError, Problem, UnsupportedError, raise_for
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.protocols import Progress
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
@@ -19,7 +19,7 @@ from adapterhub_tools.ops.low_rank import RULES, Loader, Tensors, alpha_for, che
 from adapterhub_tools.ops.option_checks import check_dtype
 from adapterhub_tools.ops.server_examine import Examination, refusals
 from adapterhub_tools.ops.server_full import own_tensors
-from adapterhub_tools.ops.server_layout import Layout, Piece, layout_on, plain_layout
+from adapterhub_tools.ops.server_layout import Layout, Piece, layout_on, misfits, plain_layout
 from adapterhub_tools.ops.server_report import RewrittenModule, ServerReport
 from adapterhub_tools.ops.server_scales import Product, ScalePlan, plan_scales
 from adapterhub_tools.ops.server_table import Server, server
@@ -202,6 +202,9 @@ def _features(
     if not adapter.modules:
         return Layout(pieces=()), None, dropped
     layout = plain_layout(adapter) if base is None else layout_on(adapter, base)
+    if base is not None:
+        label = opened.files.root.name
+        raise_for([replace(p, file=label) for p in misfits(layout, adapter, base)], MismatchError)
     examination.modules()
     examination.layout(layout)
     stacked = any(piece.kind == "expert" for piece in layout.pieces)

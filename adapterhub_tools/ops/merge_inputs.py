@@ -76,6 +76,6 @@ def fit_all(
     parts = []
     for item, path, scale in zip(opened, paths, scales, strict=True):
         fitted = fit(item.adapter, checkpoint)
-        fitted.raise_for_problems()
+        fitted.raise_for_problems(path.name or str(path))
         parts.append(Part(opened=item, fit=fitted, scale=scale, label=path.name or str(path)))
     return parts

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SHARES = ("energy", "max_error", "sv_ratio", "sv_cumulative", "sv_fro")
 """The policies that look at one module's singular values."""
 
+_RANGES = {"sv_ratio": "a number of at least 1", "max_error": "a number from 0 to 1"}
+_SHARE = "a number above 0 and up to 1"
 _BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[kMG]?B|[KMG]iB|[kMG]?)\s*")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -135,9 +137,11 @@ class RankPolicy:
         if value is None or not (low <= value <= high) or (value == 0.0 and given[0] != "max_error"):
             raise MismatchError.of(
                 "policy",
-                f"{value} is out of range.",
+                f"{value} is out of range; expected {_RANGES.get(given[0], _SHARE)}.",
                 loc="--" + given[0].replace("_", "-"),
-                remedy="Give a number of at least 1." if given[0] == "sv_ratio" else "Give a share up to 1.",
+                remedy="It is a ratio: 10 keeps what is above a tenth of the largest."
+                if given[0] == "sv_ratio"
+                else "It is a share: 99 % is 0.99.",
             )
         return cls(name=given[0], value=float(value))
 

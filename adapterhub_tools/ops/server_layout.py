@@ -11,11 +11,13 @@ at the sum of the ranks; and a delta of the whole gives one for each part by the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapterhub_tools.architectures import lookup
-from adapterhub_tools.errors import MismatchError
+from adapterhub_tools.errors import MismatchError, Problem
 from adapterhub_tools.model.adapter import Adapter, TargetModule
+from adapterhub_tools.model.product_shape import check_product
+from adapterhub_tools.model.tensor import FLOAT_DTYPES, TensorSpec
 from adapterhub_tools.ops.name_rules import choose_rule
 from adapterhub_tools.ops.server_table import Fused, fused_layers
 from adapterhub_tools.store.checkpoint import Checkpoint
@@ -94,7 +96,7 @@ def layout_on(adapter: Adapter, base: Checkpoint) -> Layout:
     Raises:
         MismatchError: the parts of a fused layer do not have its rows.
     """
-    rows = _rows_by_path(adapter, base)
+    rows = {path: spec.shape[0] for path, spec in _weights_by_path(adapter, base).items()}
     modules = {module.path: module for module in adapter.modules}
     pieces: dict[str, Piece] = {}
     done: set[str] = set()
@@ -111,15 +113,39 @@ def layout_on(adapter: Adapter, base: Checkpoint) -> Layout:
     return Layout(pieces=tuple(pieces[path] for path in sorted(pieces)), absent=absent, paths=tuple(rows))
 
 
+def misfits(layout: Layout, adapter: Adapter, base: Checkpoint) -> tuple[Problem, ...]:
+    """Returns where the shapes of factors are not those of the base's weights.
+
+    Weights that are not stored as numbers (quantised ones) and stacked experts are not compared.
+
+    Args:
+        layout: what ``layout_on`` gave.
+        adapter: the adapter.
+        base: the base.
+    """
+    specs = _weights_by_path(adapter, base)
+    found: list[Problem] = []
+    for piece in layout.pieces:
+        weight = specs.get(piece.path)
+        if weight is None or weight.dtype not in FLOAT_DTYPES or piece.kind == "expert":
+            continue
+        for origin in piece.origins:
+            a, b = origin.module.factors["A"], origin.module.factors["B"]
+            if piece.fused is not None:  # the outputs were compared when the layer was joined or split
+                b = replace(b, shape=(weight.shape[0], *b.shape[1:]))
+            found += check_product(a, b, piece.kind, weight, origin.module.path)
+    return tuple(found)
+
+
 def _plain(module: TargetModule) -> Piece:
     return Piece(path=module.path, origins=(Origin(module=module),), outputs=module.factors["B"].shape[0])
 
 
-def _rows_by_path(adapter: Adapter, base: Checkpoint) -> dict[str, int]:
-    """Returns the rows of every weight of the base, by the path that the adapter would have for it."""
+def _weights_by_path(adapter: Adapter, base: Checkpoint) -> dict[str, TensorSpec]:
+    """Returns every weight of the base, by the path that the adapter would have for it."""
     rule = choose_rule(adapter, base.tensors.keys(), lookup((base.config or {}).get("model_type")), [])
     return {
-        rule.to_memory(name.removesuffix(".weight")): stored.spec.shape[0]
+        rule.to_memory(name.removesuffix(".weight")): stored.spec
         for name, stored in base.tensors.items()
         if name.endswith(".weight") and stored.spec.shape
     }

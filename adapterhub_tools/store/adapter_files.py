@@ -112,7 +112,7 @@ def _open_folder(root: Path, opener: Opener | None) -> AdapterFiles:
         weights: str | None = known[0]
     elif CONFIG_FILE not in names and any(name in names for name in base_names):
         message = f"this is a base model: it has no '{CONFIG_FILE}'; expected an adapter."
-        remedy = "Give the base first, then the adapter."
+        remedy = "Give an adapter's folder in this place; a base comes before it, or as --base."
         raise FormatError.of("base-as-adapter", message, file=root.name or str(root), remedy=remedy)
     elif pickles or not safetensors:
         weights = None

@@ -218,8 +218,8 @@ def _lists(root: Path, index: str, weights: list[str]) -> bool:
 
 
 def _adapter_as_base(name: str) -> AdapterError:
-    message = "this is an adapter, expected the base model that it was trained on."
-    remedy = "Give the base first, then the adapter."
+    message = "this is an adapter; expected a model."
+    remedy = "Give the base before the adapter; `adaptertool merge BASE ADAPTER OUT` makes a model of both."
     return FormatError.of("adapter-as-base", message, file=name, remedy=remedy)
 
 

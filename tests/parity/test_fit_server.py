@@ -114,11 +114,11 @@ def test_bfloat16_factors_and_a_wider_dtype(tmp_path: Path) -> None:
 # --- layouts -------------------------------------------------------------------------------------
 
 
-def phi3() -> Phi3ForCausalLM:
+def phi3(*, hidden: int = models.HIDDEN) -> Phi3ForCausalLM:
     """A model whose attention and gate are fused."""
     config = Phi3Config(
         vocab_size=models.VOCAB,
-        hidden_size=models.HIDDEN,
+        hidden_size=hidden,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -205,6 +205,23 @@ def test_layouts_that_do_not_fit(tmp_path: Path) -> None:
 
 
 # --- what is left out ----------------------------------------------------------------------------
+
+
+def test_a_base_of_another_width_is_refused(tmp_path: Path) -> None:
+    """Names alone would fit: the layers of a narrower Llama, and of a narrower Phi-3 that joins them."""
+    narrow = models.llama_config()
+    narrow.hidden_size = 24
+    models.save_base(LlamaForCausalLM(narrow), tmp_path / "llama")
+    models.save_base(phi3(hidden=24), tmp_path / "phi")
+    saved(fresh(models.llama), lora(), tmp_path / "a")
+    saved(fresh(models.llama), lora(target_modules=["gate_proj", "up_proj"]), tmp_path / "b")
+    for adapter, base, weight in (("a", "llama", "32×32"), ("b", "phi", "96×32")):
+        folder, given = tmp_path / adapter, tmp_path / base
+        refused(at.MismatchError, "shape", tmp_path / "out", at.fit, folder, server="vllm", base=given)
+        with pytest.raises(at.MismatchError) as caught:
+            at.fit(folder, server="vllm", base=given, check=True)
+        assert {problem.file for problem in caught.value.problems} == {adapter}
+        assert any(weight in str(problem) and "×24" in str(problem) for problem in caught.value.problems)
 
 
 def test_tensors_that_are_the_bases_own_are_left_out(tmp_path: Path) -> None:

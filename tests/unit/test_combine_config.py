@@ -42,6 +42,19 @@ def test_fields_that_agree_stay_and_others_are_told(tmp_path: Path) -> None:
     assert any("lora_dropout" in note for note in notes)
 
 
+@pytest.mark.parametrize("second", ["owner/other", "owner/base", None, ""])
+def test_bases_that_configs_name(second: str | None, tmp_path: Path) -> None:
+    """Names that differ are told, as they may mean other weights; one that is missing is no contradiction."""
+    config, notes = combined(
+        tmp_path,
+        (LAYERS, {"base_model_name_or_path": "owner/base"}),
+        (LAYERS, {"base_model_name_or_path": second}),
+    )
+    told = [note for note in notes if "a0 owner/base, a1 owner/other" in note]
+    assert bool(told) == (second == "owner/other")
+    assert config["base_model_name_or_path"] == (None if told else "owner/base")
+
+
 CASES: dict[str, tuple[Any, Any, Any]] = {
     "lists": ({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj", "q_proj"]}, ["q_proj", "v_proj"]),
     "one pattern": ({"target_modules": ".*_proj"}, {"target_modules": ".*_proj"}, ".*_proj"),

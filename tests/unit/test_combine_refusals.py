@@ -144,7 +144,8 @@ CASES: dict[str, tuple[type[at.AdapterError], str, Change]] = {
     "an empty pattern": (at.MismatchError, "weights", given(weights=["1,1", "=0,1"])),
     "a pattern for nothing": (at.MismatchError, "weight-pattern", given(weights=["1,1", "z=0,1"])),
     "a broken pattern": (at.FormatError, "regex", given(weights=["1,1", "q(=0,1"])),
-    "all weights 0": (at.MismatchError, "zero-delta", given(weights=[0, 0])),
+    "all weights 0": (at.MismatchError, "weights", given(weights=[0, 0])),
+    "all weights 0 by a pattern": (at.MismatchError, "zero-delta", given(weights=["1,1", "q=0,0"])),
     "deltas that are zero": (at.MismatchError, "zero-delta", edited(blank, "a", "b")),
     "deltas that cancel": (at.MismatchError, "zero-delta", opposite),
     "NaN": (at.FormatError, "non-finite", edited(poison, "b")),
@@ -195,6 +196,35 @@ def test_it_is_refused_and_nothing_is_written(name: str, scene: Path) -> None:
     assert kind in {problem.kind for problem in caught.value.problems}, caught.value
     assert all(problem.remedy for problem in caught.value.problems[:1])
     assert sorted(scene.rglob("*")) == before
+
+
+WORDS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "a percentage": ({"method": "ties", "density": 50}, "--density", ("(0, 1]", "50", "takes 0.2", "0.5")),
+    "della's width": ({"method": "della", "epsilon": 2}, "--epsilon", ("[0, 1)", "takes 0.2")),
+    "a seed": ({"method": "dare_ties", "seed": -1}, "--seed", ("2^64", "-1", "takes 0.")),
+    "a word": ({"weights": "1,much"}, "--weights", ("'much'", "finite", "0.7,0.3")),
+    "too few": ({"weights": "1"}, "--weights", ("1 weight;", "expected 2")),
+    "an energy": ({"energy": 99}, "--energy", ("99", "above 0 and up to 1", "0.99")),
+    "an error": ({"max_error": -1}, "--max-error", ("-1", "from 0 to 1")),
+    "a ratio": ({"sv_ratio": 0.5}, "--sv-ratio", ("0.5", "at least 1")),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_message_names_the_option_what_was_found_and_what_is_expected(name: str, scene: Path) -> None:
+    options, loc, words = WORDS[name]
+    with pytest.raises(at.MismatchError) as caught:
+        at.combine_adapters([scene / "a", scene / "b"], out=scene / "o", **{"weights": [1, 1], **options})
+    (problem,) = caught.value.problems
+    assert problem.loc == loc
+    assert all(word in str(problem) for word in words), problem
+
+
+def test_the_adapter_that_does_not_fit_the_base_is_named(scene: Path) -> None:
+    second(2, 5, "m.q", 7)(scene)
+    with pytest.raises(at.MismatchError) as caught:
+        at.combine_adapters([scene / "a", scene / "b"], out=scene / "o", weights=[1, 1], base=scene / "base")
+    assert [(p.file, p.loc, p.kind) for p in caught.value.problems] == [("b", "m.q", "shape")]
 
 
 def test_one_adapter_and_the_same_twice(scene: Path) -> None:
