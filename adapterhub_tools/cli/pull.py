@@ -63,7 +63,9 @@ def command(
         output.json("pull", report.to_json())
         return
     output.notes(report.notes)
-    output.notes(f"not brought: {name} ({reason})" for name, reason in report.left)
+    # Each repository of the Hub has a .gitattributes, which says nothing of an adapter.
+    left = [pair for pair in report.left if verbose or pair[0] != ".gitattributes"]
+    output.notes(f"not brought: {name} ({reason})" for name, reason in left)
     for link in report.chain:
         known = f"@{link.commit}" if link.commit else ""
         kind = "" if link.kind == "unknown" else f"{link.kind} "

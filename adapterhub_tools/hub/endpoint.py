@@ -38,6 +38,9 @@ class Endpoint:
             HubError: it is not a URL, or not https although it is another machine.
         """
         url = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+        if "://" not in url:
+            message = f"{escape(url)!r} is not the URL of a server."
+            raise HubError.of("endpoint", message, loc="HF_ENDPOINT", remedy="Write https://hub.example.")
         plain = cls(url=url)
         plain.check_url(url)
         issued_for = (os.environ.get(TOKEN_ENDPOINT) or DEFAULT_ENDPOINT).rstrip("/")
@@ -55,6 +58,21 @@ class Endpoint:
     def shown(self) -> str:
         """The host, for messages."""
         return escape(urlsplit(self.url).netloc)
+
+    @property
+    def missing_token(self) -> str:
+        """Why no token was sent, and what to do about it."""
+        try:
+            withheld = library.current_token() is not None
+        except HubError:
+            withheld = False
+        if withheld:
+            return (
+                "No token was sent: the token of huggingface_hub is only sent where it was issued for"
+                f" (see {TOKEN_ENDPOINT})."
+            )
+        also = "" if self.is_default else f" and {TOKEN_ENDPOINT}={self.url}"
+        return f"No token was sent: log in with `hf auth login`, or set HF_TOKEN{also}."
 
     def headers_for(self, url: str) -> dict[str, str]:
         """Returns the token's header if the URL has this endpoint's origin, else none."""

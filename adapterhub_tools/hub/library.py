@@ -9,17 +9,41 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from adapterhub_tools.errors import HubError
+from adapterhub_tools.errors import HubError, escape
 
 _LOGIN = "Log in again with `hf auth login`, or set HF_TOKEN."
 
 
 def session() -> Any:
-    """Returns the shared HTTP client (httpx), with the user's proxies and certificates."""
+    """Returns the shared HTTP client (httpx), with the user's proxies and certificates.
+
+    Raises:
+        HubError: a proxy or certificate that the environment names cannot be used.
+    """
     from huggingface_hub import get_session
 
-    return get_session()
+    try:
+        return get_session()
+    except (ImportError, ValueError, OSError) as error:
+        # Which setting it was, the client does not always say.
+        raise HubError.of(
+            "network-settings",
+            f"the environment's network settings cannot be used: {escape(error).rstrip('.')}.",
+            remedy="Check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE; SOCKS needs package socksio.",
+        ) from error
+
+
+def proxy_for(url: str) -> str:
+    """Returns host and port of the proxy that a request goes through; empty without one. Never its login."""
+    parts = urlsplit(url)
+    if not parts.hostname or proxy_bypass(parts.hostname):
+        return ""
+    named = getproxies()
+    text = named.get(parts.scheme) or named.get("all") or ""
+    return text.rpartition("://")[2].rpartition("@")[2].rstrip("/")
 
 
 def transport_errors() -> tuple[type[Exception], ...]:

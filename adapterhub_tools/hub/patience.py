@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ SECONDS_PER_MB = 20.0
 """Added to the time limit of a transfer for each megabyte: slower than 50 kB/s is given up."""
 
 _PREFIX = "ADAPTERTOOL_"
+_TELL_SECONDS = 5.0
+_log = logging.getLogger(__name__)
 
 
 class TransientError(Exception):
@@ -128,6 +131,9 @@ def patiently(
             pause = wait if error.wait_seconds is None else error.wait_seconds
             if not repeatable or failed >= patience.tries or pause >= deadline.left_seconds:
                 raise HubError(error.problem) from error
+            if pause > _TELL_SECONDS:
+                # Else nobody could tell the wait that a server asks for from a program that hangs.
+                _log.warning("%s Trying again in %.0f s.", error.problem.message, pause)
         time.sleep(pause)
         wait = min(wait * 2, 8 * patience.wait_seconds)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from adapterhub_tools.errors import HubError, Problem, escape
 from adapterhub_tools.hub import library
@@ -19,6 +20,7 @@ _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _AGAIN = "Try again later."
+_LOGIN_AGAIN = "The token may be wrong or expired: log in again with `hf auth login`, or set HF_TOKEN."
 _SHORT_STALL_SECONDS = 5.0
 
 _unanswered: set[str] = set()
@@ -69,7 +71,7 @@ class Transport:
 
     def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
         self.endpoint = endpoint
-        self.patience = patience
+        self.patience: Patience = patience
         self._usual = patience
         if endpoint.url in _unanswered:
             stall = min(patience.stall_seconds, _SHORT_STALL_SECONDS)
@@ -209,17 +211,14 @@ class Transport:
             return known[code]
         missing = "Check the repository's name; if it is private, log in with a token that may read it."
         if self.endpoint.token is None:
-            missing += (
-                " No token was sent: the token of huggingface_hub is only sent where it was issued for"
-                " (see ADAPTERTOOL_TOKEN_ENDPOINT)."
-            )
+            missing += f" {self.endpoint.missing_token}"
         if status == 404 or code == "RepoNotFound":
             return "not-found", missing
         return {
             400: ("bad-request", "The server does not accept it; update adaptertool, or check the endpoint."),
             401: (
                 "unauthorized",
-                missing if self.endpoint.token is None else f"The token may be wrong or expired. {missing}",
+                missing if self.endpoint.token is None else f"{_LOGIN_AGAIN} {missing}",
             ),
             403: ("forbidden", "Use a token that has write access to this repository."),
             409: ("conflict", "Pull, look at what changed, and push again."),
@@ -254,7 +253,9 @@ class Transport:
                 if raw and plain.get("content-encoding", "identity") != "identity":
                     raise bad_answer("it compressed what was asked for as it is", url)
                 pieces = response.iter_raw(1 << 20) if raw else response.iter_bytes(1 << 16)
-                watched = _watch(pieces, deadline, what, lambda error: self._broken(error, what), failures)
+                watched = _watch(
+                    pieces, deadline, what, lambda error: self._broken(error, what, url), failures
+                )
                 yield Answer(status=response.status_code, headers=plain, url=url, pieces=watched)
         except offline as error:
             raise HubError.of(
@@ -263,18 +264,23 @@ class Transport:
                 remedy="Unset it, or give a local path.",
             ) from error
         except failures as error:
-            raise self._broken(error, what) from error
+            raise self._broken(error, what, url) from error
 
-    def _broken(self, error: Exception, what: str) -> TransientError:
-        name = type(error).__name__
-        host = self.endpoint.shown
+    def _broken(self, error: Exception, what: str, url: str) -> TransientError:
+        """Returns the error for a request that got no answer, or not all of one."""
+        name, proxy = type(error).__name__, escape(library.proxy_for(url))
+        host = escape(urlsplit(url).netloc) + f" through the proxy {proxy}" * bool(proxy)
         if "Timeout" in name:
             problem = ("stalled", f"{what}: {host} sent nothing for {self.patience.stall_seconds:g} s.")
-        elif name == "ConnectError":
+        elif name in ("ConnectError", "ProxyError"):
             problem = ("unreachable", f"{what}: {host} cannot be reached ({escape(error)}).")
         else:
-            problem = ("connection-lost", f"{what}: the connection was lost ({name}).")
+            problem = ("connection-lost", f"{what}: the connection to {host} was lost ({name}).")
         remedy = "Check the network and HF_ENDPOINT, then try again."
+        if proxy:
+            remedy = "Check HTTP_PROXY, HTTPS_PROXY and NO_PROXY, then try again."
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            remedy = "If your network has an authority of its own, set SSL_CERT_FILE to its certificates."
         return TransientError(Problem(kind=problem[0], message=problem[1], remedy=remedy))
 
     def _redirect(self, message: str, target: str) -> HubError:
