@@ -9,7 +9,11 @@ from adapterhub_tools.cli.output import Output, size_text
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
-@click.command("list", cls=ToolCommand, example="adaptertool list file:///srv/adapters")
+@click.command(
+    "list",
+    cls=ToolCommand,
+    example="adaptertool list file:///srv/adapters\nadaptertool list hf://me/my-adapter",
+)
 @click.argument("ref", required=False)
 @standard_options
 def command(ref: str | None, as_json: bool, quiet: bool, verbose: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from adapterhub_tools import api
@@ -13,12 +11,17 @@ from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
-@click.command("pull", cls=ToolCommand, example="adaptertool pull hf://me/my-adapter@v1.0 my-adapter")
+@click.command(
+    "pull",
+    cls=ToolCommand,
+    example="adaptertool pull hf://me/my-adapter@v1.0 my-adapter\n"
+    "adaptertool pull file:///srv/adapters/me/my-adapter my-adapter",
+)
 @click.argument("ref")
-@click.argument("out", type=click.Path(path_type=Path, readable=False))
+@click.argument("out", type=click.Path(readable=False))
 @click.option(
     "--base",
-    type=click.Path(path_type=Path, readable=False),
+    type=click.Path(readable=False),
     help="A folder for the base: what is there is checked; if nothing is, the base is pulled into it.",
 )
 @click.option(
@@ -32,8 +35,8 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @standard_options
 def command(
     ref: str,
-    out: Path,
-    base: Path | None,
+    out: str,
+    base: str | None,
     include: tuple[str, ...],
     replace: bool,
     allow_replace_gap: bool,
@@ -46,7 +49,8 @@ def command(
 
     The revision is pinned to a commit first. Every file is checked against the commit, and against the
     manifest where there is one. OUT holds all of it or does not exist; where it came from is recorded in
-    .adapter_origin.json.
+    .adapter_origin.json. The token is that of HF_TOKEN or `hf auth login`. A plain owner/name is in the
+    registry that ADAPTERTOOL_REGISTRY names, else on the Hub.
     """
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     report = api.pull(

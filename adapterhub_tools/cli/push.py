@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from adapterhub_tools import api
@@ -12,13 +10,18 @@ from adapterhub_tools.cli.progress import progress_for
 from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 
 
-@click.command("push", cls=ToolCommand, example="adaptertool push my-adapter hf://me/my-adapter --private")
-@click.argument("adapter", type=click.Path(path_type=Path, readable=False))
+@click.command(
+    "push",
+    cls=ToolCommand,
+    example="adaptertool push my-adapter hf://me/my-adapter --private\n"
+    "adaptertool push my-adapter file:///srv/adapters/me/my-adapter --tag v1.0",
+)
+@click.argument("adapter", type=click.Path(readable=False))
 @click.argument("ref")
 @click.option("--private", is_flag=True, help="Make a new repository private; refuse one that is public.")
 @click.option("--revision", help="The branch; made if it is not there.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
-@click.option("--tag", help="A tag for the commit or version.")
+@click.option("--tag", help="A tag for the commit or version; one that is taken is never moved.")
 @click.option(
     "--include",
     multiple=True,
@@ -29,7 +32,7 @@ from adapterhub_tools.cli.tool_command import ToolCommand, standard_options
 @click.option("--dry-run", is_flag=True, help="Only say what would change.")
 @standard_options
 def command(
-    adapter: Path,
+    adapter: str,
     ref: str,
     private: bool,
     revision: str | None,
@@ -46,7 +49,8 @@ def command(
 
     It is validated first. Everything goes in one commit, with the manifest and an up-to-date model card;
     pushing the same again makes none. Only files on the list of files of an adapter are sent: never a
-    symbolic link, and nothing that holds a secret.
+    symbolic link, and nothing that holds a secret. The token is that of HF_TOKEN or `hf auth login`. A plain
+    owner/name is in the registry that ADAPTERTOOL_REGISTRY names, else on the Hub.
     """
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     report = api.push(

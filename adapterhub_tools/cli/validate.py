@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 @click.command(
     "validate",
     cls=ToolCommand,
-    example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct",
+    example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct\n"
+    "adaptertool validate adapters/* hf://owner/name --format junit",
     unreadable=EXIT_COULD_NOT_CHECK,
 )
 @click.argument("adapter", type=click.Path(readable=False), nargs=-1, required=True)
-@click.option("--base", type=click.Path(readable=False), help="The base that it must fit.")
+@click.option(
+    "--base", type=click.Path(readable=False), help="The base that it must fit: a folder or hf://owner/name."
+)
 @click.option(
     "--check-base",
     type=click.Choice(["full", "targets", "off"]),

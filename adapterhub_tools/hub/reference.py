@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from adapterhub_tools.errors import FormatError, escape
@@ -20,6 +21,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
 _REFS = re.compile(r"refs/(?:pr/[0-9]{1,9}|convert/[A-Za-z0-9._-]{1,60})")
 _REMEDY = "Write hf://owner/name, hf://owner/name@revision, or hf://owner/name@revision/folder."
+_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:[/?#].*)?")
 _VERSION = re.compile(r"sha256:[0-9a-f]{64}|[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -227,6 +229,8 @@ def _registry(url: str, text: str) -> RegistryReference:
         before, version = url, ""
     root, _, name = before.rpartition("/")
     root, _, owner = root.rpartition("/")
+    if root.rstrip("/").endswith(":"):
+        raise _refused(text, "that names no adapter in a registry")
     if at and version and _VERSION.fullmatch(version) is None:
         raise _refused(text, f"the version {escape(version)!r} is neither a tag, a number nor a digest")
     return RegistryReference(
@@ -249,4 +253,19 @@ def _root(url: str, text: str) -> str:
 
 def _refused(text: str, reason: str) -> FormatError:
     shown = escape(_USER_INFO.sub("…", text))
-    return FormatError.of("reference", f"{shown!r}: {reason}.", remedy=_REMEDY)
+    return FormatError.of("reference", f"{shown!r}: {reason}.", remedy=_remedy(text))
+
+
+def _remedy(text: str) -> str:
+    """Returns how what was probably meant is written."""
+    if text.startswith(("/", "./")):
+        place = Path(text).absolute().as_uri()
+        return f"In a registry that is a folder it is written {place}; on the Hub hf://owner/name."
+    page = _PAGE.fullmatch(text)
+    if page is not None and is_id(page[1]):
+        return f"Write hf://{page[1]}."
+    scheme = _SCHEME.match(text)
+    if scheme is not None and scheme[1].lower() not in (HUB_SCHEME, "http", "https"):
+        place = "file:///folder" if scheme[1].lower() == "file" else f"{scheme[1]}://bucket/prefix"
+        return f"Write {place}/owner/name, or {place}/owner/name@version."
+    return _REMEDY

@@ -213,7 +213,7 @@ def _local(text: str) -> Path:
             "not-found",
             "there is nothing at this path.",
             file=text,
-            remedy=f"Check the path; what lies on the Hub is written hf://{text}.",
+            remedy=f"Check the path; what lies on the Hub is written hf://{text}, in a registry file:///….",
         )
     return path
 

@@ -166,6 +166,25 @@ def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path:
         assert TOKEN not in ran.out + ran.err
 
 
+@pytest.mark.parametrize(
+    ("reference", "remedy"),
+    [
+        ("/srv/adapters/me/x", "file:///srv/adapters/me/x"),
+        ("./me/x/y", "{cwd}/me/x/y"),
+        ("file://adapters/me/x", "file:///folder/owner/name"),
+        ("file:///me", "file:///folder/owner/name"),
+        ("s3://bucket", "s3://bucket/prefix/owner/name"),
+        ("https://huggingface.co/me/x/tree/main", "hf://me/x."),
+        ("https://example.com/me/x", "hf://owner/name"),
+    ],
+)
+def test_what_was_probably_meant_is_said(adapter: Path, reference: str, remedy: str) -> None:
+    for verb in (lambda: at.push(adapter, reference), lambda: at.pull(reference, adapter.parent / "out")):
+        with pytest.raises(at.FormatError) as caught:
+            verb()
+        assert remedy.format(cwd=Path.cwd().as_uri()) in caught.value.problems[0].remedy
+
+
 def test_a_place_that_is_no_registry_is_named_as_it_was_given(adapter: Path, tmp_path: Path) -> None:
     at.push(adapter, f"{(tmp_path / 'registry').as_uri()}/team/a")
     for place in ("nowhere", "adapter", "registry/team"):
