@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--for",
     "server",
-    type=click.Choice(["llama.cpp", "peft", "vllm"]),
+    type=click.Choice(["llama.cpp", "peft", "sglang", "vllm"]),
     required=True,
     help="What is to apply the adapter.",
 )

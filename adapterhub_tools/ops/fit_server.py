@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.errors import LossyError, MismatchError, Problem, UnsupportedError, raise_for
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
@@ -17,7 +17,7 @@ from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
 from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_adapter
 from adapterhub_tools.ops.low_rank import RULES, Loader, Tensors, alpha_for, checked_input, open_low_rank
 from adapterhub_tools.ops.option_checks import check_dtype
-from adapterhub_tools.ops.server_examine import Examination, refusals
+from adapterhub_tools.ops.server_examine import Examination, is_pattern, refusals
 from adapterhub_tools.ops.server_full import own_tensors
 from adapterhub_tools.ops.server_layout import Layout, Piece, layout_on, misfits, plain_layout
 from adapterhub_tools.ops.server_report import RewrittenModule, ServerReport
@@ -317,7 +317,7 @@ def _draft(
         modules=tuple(modules),
         full=tuple(full),
         base=known_base(opened),
-        unparsed={"config": dict(before.unparsed.get("config", {}))},
+        unparsed={"config": _config(before, server(options.server))},
         ties=before.ties,
     )
     history = history_entry(
@@ -346,6 +346,14 @@ def _draft(
         side=opened.files.root if adapter.is_dir() else None,
         base_modules=examined.layout.paths,
     )
+
+
+def _config(adapter: Adapter, found: Server) -> dict[str, Any]:
+    """Returns the config to begin with; without a pattern of targets where a server expects names."""
+    config = dict(adapter.unparsed.get("config", {}))
+    if found.listed_targets and is_pattern(config):
+        config.pop("target_modules")
+    return config
 
 
 def _refuse_lossy(reports: list[RewrittenModule], options: FitOptions) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from adapterhub_tools.architectures import head_names
 from adapterhub_tools.model.adapter import Adapter
@@ -160,7 +161,29 @@ class Examination:
                     source=fused.source,
                 )
             )
-        self._judge("targets", _listed(names))
+        alone = self._without_partners(layout)
+        if alone:
+            self._add(
+                "targets",
+                f"modules without those that have to be beside them: {_listed(alone)}",
+                REFUSED,
+                remedy=f"Train with them as targets. {_MERGE}",
+            )
+        elif self._server.listed_targets and is_pattern(self._adapter.unparsed.get("config", {})):
+            self._add("targets", "a pattern of targets", REWRITTEN, "it becomes a list of names")
+        else:
+            self._judge("targets", _listed(names))
+
+    def _without_partners(self, layout: Layout) -> list[str]:
+        """Returns the modules beside which one is missing that the server expects there."""
+        paths = {piece.path for piece in layout.pieces}
+        found = []
+        for path in paths:
+            parent, dot, last = path.rpartition(".")
+            partners = self._server.partners.get(last, ())
+            if any(f"{parent}{dot}{partner}" not in paths for partner in partners):
+                found.append(path)
+        return found
 
     def scales(self, plan: ScalePlan | None, layout: Layout, max_rank: int | None) -> None:
         """Examines ranks and scales.
@@ -227,6 +250,12 @@ class Examination:
             if piece.fused or not same or module.hparams.get("scaling", RULES[0]) != plan.rule:
                 return False
         return True
+
+
+def is_pattern(config: Mapping[str, Any]) -> bool:
+    """Tells whether a config names its targets by one regular expression."""
+    targets = config.get("target_modules")
+    return isinstance(targets, str) and targets not in ("all", "all-linear")
 
 
 def verdict_of(accepts: bool | str | tuple[str, ...]) -> str:

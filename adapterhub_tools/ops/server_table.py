@@ -39,6 +39,8 @@ class Server:
         alpha_bits: the significant bits that alpha may have.
         max_rank: the largest rank; None for any.
         ranks: the values that its limit on ranks can be set to; empty if it has none.
+        listed_targets: whether ``target_modules`` has to be a list of names, and not a pattern.
+        partners: last part of a module's path -> those of the modules that have to be beside it.
         features: feature -> what it does with it.
     """
 
@@ -49,6 +51,8 @@ class Server:
     alpha_bits: int
     max_rank: int | None
     ranks: tuple[int, ...]
+    listed_targets: bool
+    partners: dict[str, tuple[str, ...]]
     features: dict[str, Feature]
 
 
@@ -91,7 +95,9 @@ def server(name: str) -> Server:
         )
         for key, value in data.pop("features").items()
     }
-    return Server(name=name, features=features, ranks=tuple(data.pop("ranks") or ()), **data)
+    partners = {key: tuple(value) for key, value in data.pop("partners").items()}
+    ranks = tuple(data.pop("ranks") or ())
+    return Server(name=name, features=features, ranks=ranks, partners=partners, **data)
 
 
 def fused_layers() -> tuple[Fused, ...]:

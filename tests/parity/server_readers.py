@@ -1,7 +1,7 @@
 """Reads adapters as servers do, written from their sources and without this package: an oracle for `fit`.
 
 vLLM: ``vllm/lora/peft_helper.py`` and ``lora_model.py``; llama.cpp: ``convert_lora_to_gguf.py`` and
-``llama_adapter_lora_weight::get_scale``. Deltas are exact fractions where the scale is rational.
+``llama_adapter_lora_weight::get_scale``; SGLang: ``lora_config.py``, ``lora.py`` and ``mem_pool.py``. Deltas are exact fractions where the scale is rational.
 """
 
 from __future__ import annotations
@@ -49,6 +49,35 @@ def vllm(folder: Path, max_lora_rank: int = 512) -> dict[str, tuple[float, Tenso
             raise RefusedError("rank")
         pairs.setdefault(module, {})[role] = tensor
     return {module: (config["lora_alpha"] / root, pair["B"], pair["A"]) for module, pair in pairs.items()}
+
+
+def sglang(folder: Path, max_lora_rank: int = 64) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """Returns module -> (scale, B, A)."""
+    config, tensors = opened(folder)
+    if config["peft_type"].lower() != "lora" or config.get("use_dora"):
+        raise RefusedError("config")
+    if config["r"] > max_lora_rank:
+        raise RefusedError("rank")
+    if not isinstance(config["target_modules"], list):
+        raise RefusedError("target_modules")
+    named = {name.rpartition(".")[2] for name in config["target_modules"]}
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, role = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if module.rpartition(".")[2] not in named or role[-2:] not in ("_A", "_B"):
+            raise RefusedError(name)
+        if tensor.shape[role[-1] == "B"] != config["r"]:
+            raise RefusedError("the shape of a buffer")
+        pairs.setdefault(module, {})[role[-1]] = tensor
+    for module in pairs:  # q, k and v are stacked, and so are gate and up
+        stem, _, last = module.rpartition(".")
+        wanted = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(
+            last
+        )
+        if wanted is not None and f"{stem}.{wanted}" not in pairs:
+            raise RefusedError(module)
+    scale = config["lora_alpha"] / config["r"]
+    return {module: (scale, pair["B"], pair["A"]) for module, pair in pairs.items()}
 
 
 def llama_cpp(folder: Path) -> dict[str, tuple[float, Tensor, Tensor]]:

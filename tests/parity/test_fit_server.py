@@ -23,6 +23,7 @@ from tests.parity.models import outputs_of, save_base
 READERS: dict[str, Callable[[Path], Any]] = {
     "vllm": server_readers.vllm,
     "llama.cpp": server_readers.llama_cpp,
+    "sglang": server_readers.sglang,
 }
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -33,18 +34,18 @@ def lora(**fields: Any) -> LoraConfig:
 
 # name -> (config, the servers for which every module stays exact)
 CASES: dict[str, tuple[LoraConfig, set[str]]] = {
-    "plain": (lora(), {"vllm", "llama.cpp"}),
-    "odd-alpha": (lora(lora_alpha=7), {"vllm", "llama.cpp"}),
-    "ranks": (lora(rank_pattern={"q_proj": 2, "v_proj": 8}), {"vllm", "llama.cpp"}),
-    "alphas": (lora(alpha_pattern={"q_proj": 16, "v_proj": 2}), {"vllm", "llama.cpp"}),
-    "both": (lora(rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 64}), {"vllm", "llama.cpp"}),
-    "rslora-square": (lora(use_rslora=True), {"vllm", "llama.cpp"}),
+    "plain": (lora(), {"vllm", "llama.cpp", "sglang"}),
+    "odd-alpha": (lora(lora_alpha=7), {"vllm", "llama.cpp", "sglang"}),
+    "ranks": (lora(rank_pattern={"q_proj": 2, "v_proj": 8}), {"vllm", "llama.cpp", "sglang"}),
+    "alphas": (lora(alpha_pattern={"q_proj": 16, "v_proj": 2}), {"vllm", "llama.cpp", "sglang"}),
+    "both": (lora(rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 64}), {"vllm", "llama.cpp", "sglang"}),
+    "rslora-square": (lora(use_rslora=True), {"vllm", "llama.cpp", "sglang"}),
     "rslora": (lora(r=8, use_rslora=True), {"vllm"}),
     "rslora-ranks": (lora(use_rslora=True, rank_pattern={"q_proj": 8}), set()),
     "three": (lora(alpha_pattern={"q_proj": 24}), set()),
     "embedding": (
-        lora(target_modules=["embed_tokens", "q_proj"], alpha_pattern={"q_proj": 4}),
-        {"vllm", "llama.cpp"},
+        lora(target_modules=["embed_tokens", "q_proj", "v_proj"], alpha_pattern={"q_proj": 4}),
+        {"vllm", "llama.cpp", "sglang"},
     ),
 }
 
@@ -90,7 +91,7 @@ def test_what_is_called_exact_is_the_same_fractions(case: str, server: str, tmp_
         alpha = data["alpha_pattern"].get(last, data["lora_alpha"])
         old = [tensors[f"base_model.model.{module}.lora_{role}.weight"] for role in "BA"]
         written = server_readers.opened(tmp_path / "out")[0]
-        divisor = written["r"] if server == "vllm" else b.shape[1]
+        divisor = b.shape[1] if server == "llama.cpp" else written["r"]
         scale = Fraction(written["lora_alpha"]) / divisor
         got = server_readers.delta(scale, b[:6], a[:, :6])
         wanted = server_readers.delta(Fraction(alpha) / rank, old[0][:6], old[1][:, :6])

@@ -21,7 +21,7 @@ from tests.parity.models import save_base
 
 
 def lora(**fields: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **fields})
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **fields})
 
 
 def tied() -> nn.Module:
@@ -97,6 +97,45 @@ def test_another_type_that_peft_saved_is_its_own_form(tmp_path: Path) -> None:
     call = {"server": "vllm", "base": base, "to_lora": True, "allow_lossy": True}
     at.fit(tmp_path / "a", tmp_path / "lora", **call)
     assert at.fit(tmp_path / "lora", server="vllm", check=True).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("targets", "refused_for"),
+    [
+        (["q_proj", "v_proj"], None),
+        (["q_proj", "k_proj", "v_proj", "gate_proj"], None),
+        (["o_proj", "down_proj"], None),
+        (["q_proj"], "q_proj"),
+        (["q_proj", "k_proj"], "q_proj"),
+        (["k_proj"], "k_proj"),
+        (["v_proj", "o_proj"], "v_proj"),
+        (["up_proj"], "up_proj"),
+    ],
+)
+def test_modules_that_sglang_needs_beside_each_other(
+    targets: list[str], refused_for: str | None, tmp_path: Path
+) -> None:
+    saved(fresh(models.llama), lora(target_modules=targets), tmp_path / "a")
+    if refused_for is None:
+        at.fit(tmp_path / "a", tmp_path / "out", server="sglang")
+        return
+    with pytest.raises(at.UnsupportedError, match=refused_for) as caught:
+        at.fit(tmp_path / "a", tmp_path / "out", server="sglang")
+    assert {problem.kind for problem in caught.value.problems} == {"targets"}
+    at.fit(tmp_path / "a", tmp_path / "out", server="vllm")
+
+
+def test_a_pattern_of_targets_becomes_names_for_sglang(tmp_path: Path) -> None:
+    config = lora(target_modules=r".*self_attn\.(q_proj|v_proj)")
+    saved(fresh(models.llama), config, tmp_path / "a")
+    report = at.fit(tmp_path / "a", server="sglang", check=True)
+    assert {item.feature: item.verdict for item in report.findings}["targets"] == "rewritten"
+    at.fit(tmp_path / "a", tmp_path / "out", server="sglang")
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["target_modules"] == ["q_proj", "v_proj"]
+    at.fit(tmp_path / "a", tmp_path / "kept", server="vllm")
+    kept = json.loads((tmp_path / "kept" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert kept["target_modules"] == config.target_modules
 
 
 def test_a_head_may_be_tied_where_no_base_is_given(tmp_path: Path) -> None:
