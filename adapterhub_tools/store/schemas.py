@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_tools.errors import Problem, StoreError, escape
+from adapterhub_tools.store.schema_match import Match, matcher
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = (_PACKAGE / "schema", _PACKAGE.parent / "schema")
@@ -35,6 +36,14 @@ def load_schema(name: str) -> dict[str, Any]:
     )
 
 
+@cache
+def _matcher(name: str) -> Match | None:
+    try:
+        return matcher(load_schema(name))
+    except ValueError:  # a keyword that it does not know: jsonschema answers alone
+        return None
+
+
 def check(instance: Any, name: str, file: str) -> list[Problem]:
     """Checks a parsed JSON value against a published schema.
 
@@ -46,6 +55,9 @@ def check(instance: Any, name: str, file: str) -> list[Problem]:
     Returns:
         every violation, ordered by its place in the file.
     """
+    fits = _matcher(name)
+    if fits is not None and fits(instance):
+        return []
     from jsonschema import Draft202012Validator
 
     validator = Draft202012Validator(load_schema(name))
