@@ -39,7 +39,7 @@ def fit(
     Args:
         adapter: the adapter's folder, or its weight file.
         out: the folder to make; None only with ``check`` or ``dry_run``.
-        server: ``"vllm"``, ``"llama.cpp"`` or ``"peft"``; the flag is ``--for``.
+        server: ``"vllm"``, ``"sglang"``, ``"llama.cpp"`` or ``"peft"``; the flag is ``--for``.
         base: the base, whose module names the output gets, and whose own tensors it leaves out.
         check: whether only to say what the server takes.
         to_lora: whether to approximate another method by LoRA first; needs ``base``.

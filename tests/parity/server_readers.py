@@ -1,7 +1,8 @@
 """Reads adapters as servers do, written from their sources and without this package: an oracle for `fit`.
 
 vLLM: ``vllm/lora/peft_helper.py`` and ``lora_model.py``; llama.cpp: ``convert_lora_to_gguf.py`` and
-``llama_adapter_lora_weight::get_scale``; SGLang: ``lora_config.py``, ``lora.py`` and ``mem_pool.py``. Deltas are exact fractions where the scale is rational.
+``llama_adapter_lora_weight::get_scale``; SGLang: ``lora_config.py``, ``lora.py`` and ``mem_pool.py``. Deltas
+are exact fractions where the scale is rational.
 """
 
 from __future__ import annotations
