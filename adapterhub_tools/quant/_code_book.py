@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from adapterhub_tools.quant._bfloat16_codes import BitTable
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -93,6 +95,11 @@ class CodeBook:
         above = scaled.numpy()[where] > at[chosen]
         codes: AnyArray = self._by_place.numpy()[below[chosen] + above]
         return codes
+
+    @cached_property
+    def by_bits(self) -> BitTable | None:
+        """What the book makes of bfloat16 weights by their bits; None where that cannot be told."""
+        return BitTable.of(self.codes, self.table)
 
     def unpack(self, data: Tensor, out: Tensor) -> None:
         """Writes the values of packed bytes.

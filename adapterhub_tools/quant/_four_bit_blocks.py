@@ -13,7 +13,10 @@ from adapterhub_tools.quant._parts import non_finite
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adapterhub_tools.quant._code_book import CodeBook
+
 _ONE = torch.ones(())  # a division is correctly rounded everywhere; torch.reciprocal need not be
+PIECE_BYTES = 1 << 19
 SMALLEST = 1e-38
 """What bitsandbytes divides by where a block's largest magnitude is less."""
 
@@ -46,6 +49,35 @@ def scaled_blocks(blocks: Tensor, scales: Tensor, *, short: bool = False) -> Ten
     if short:
         return (blocks.to(torch.float32) / scales[:, None]).view(-1)
     return (blocks * torch.div(_ONE, scales.clamp(min=SMALLEST))[:, None]).view(-1)
+
+
+def block_codes(book: CodeBook, blocks: Tensor, scales: Tensor, *, short: bool = False) -> Tensor:
+    """Returns the code of each value, uint8 (n * size,); the arguments are those of ``scaled_blocks``."""
+    if short or blocks.dtype != torch.bfloat16 or book.by_bits is None:
+        return book.codes(scaled_blocks(blocks, scales, short=short))
+    places, beyond = book.by_bits.places(blocks, scales)
+    codes = torch.index_select(book.by_bits.codes, 0, places)
+    if bool(beyond.any()):
+        found = book.codes(scaled_blocks(blocks[beyond], scales[beyond]))
+        codes.view(blocks.shape)[beyond] = found.view(-1, blocks.shape[1])
+    return codes
+
+
+def block_values(book: CodeBook, blocks: Tensor, scales: Tensor, *, short: bool = False) -> Tensor:
+    """Returns the values of ``block_codes`` in units of their block's scale, float32 (n * size,)."""
+    if short or blocks.dtype != torch.bfloat16 or book.by_bits is None:
+        return book.nearest(scaled_blocks(blocks, scales, short=short))
+    places, beyond = book.by_bits.places(blocks, scales)
+    values = torch.index_select(book.by_bits.values, 0, places)
+    if bool(beyond.any()):
+        found = book.nearest(scaled_blocks(blocks[beyond], scales[beyond]))
+        values.view(blocks.shape)[beyond] = found.view(-1, blocks.shape[1])
+    return values
+
+
+def piece_of(dtype: torch.dtype) -> int:
+    """Returns how many values are quantised at a time: so many that scratch stays in the cache."""
+    return PIECE_BYTES // dtype.itemsize
 
 
 def refuse_non_finite(scales: Tensor, first: int) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from adapterhub_tools.model.quant_scheme import QuantScheme
 from adapterhub_tools.model.tensor import TensorSpec
-from adapterhub_tools.quant._code_book import PIECE, CodeBook, pack
-from adapterhub_tools.quant._four_bit_blocks import block_scales, refuse_non_finite, scaled_blocks
+from adapterhub_tools.quant._code_book import CodeBook, pack
+from adapterhub_tools.quant._four_bit_blocks import block_codes, block_scales, piece_of, refuse_non_finite
 from adapterhub_tools.quant._nested import dynamic_code_book, quantize_scales
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ class FourBitEncoder:
             flat = torch.cat([self._rest, flat])
         full = flat.numel() // self._size * self._size
         packed = torch.empty(full // 2, dtype=torch.uint8)
-        for begin in range(0, full, PIECE):
-            end = min(full, begin + PIECE)
+        piece = piece_of(rows.dtype)
+        for begin in range(0, full, piece):
+            end = min(full, begin + piece)
             packed[begin // 2 : end // 2] = self._encode(flat[begin:end].view(-1, self._size))
         self._rest = flat[full:].clone()
         return packed
@@ -131,7 +132,7 @@ class FourBitEncoder:
         refuse_non_finite(scales, self._blocks)
         self._scales.append(scales)
         self._blocks += scales.numel()
-        codes = self._book.codes(scaled_blocks(blocks, scales, short=short))
+        codes = block_codes(self._book, blocks, scales, short=short)
         if codes.numel() % 2:
             codes = torch.cat([codes, self._book.codes(torch.zeros(1))])
         return pack(codes)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterhub_tools.model.quant_scheme import QuantScheme
-from adapterhub_tools.quant._code_book import PIECE, CodeBook
-from adapterhub_tools.quant._four_bit_blocks import block_scales, refuse_non_finite, scaled_blocks
+from adapterhub_tools.quant._code_book import CodeBook
+from adapterhub_tools.quant._four_bit_blocks import block_scales, block_values, piece_of, refuse_non_finite
 from adapterhub_tools.quant._nested import dequantize_scales, dynamic_code_book, quantize_scales
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ class FourBitLoader:
             flat = torch.cat([self._rest, rows.reshape(-1)]) if self._rest.numel() else rows.reshape(-1)
             first = (self._seen * self._columns - self._rest.numel()) // self._size
             whole = flat.numel() // self._size * self._size
-            for begin in range(0, whole, PIECE):
-                scales = block_scales(flat[begin : min(whole, begin + PIECE)].view(-1, self._size))
+            piece = piece_of(rows.dtype)
+            for begin in range(0, whole, piece):
+                scales = block_scales(flat[begin : min(whole, begin + piece)].view(-1, self._size))
                 at = first + begin // self._size
                 self._own[at : at + scales.numel()] = scales
             self._rest = flat[whole:].clone()
@@ -143,7 +144,7 @@ class FourBitLoader:
                 block = slice(at // size, at // size + 1)
                 self._blocks(values[begin:end].view(1, -1), out[begin:end].view(1, -1), block, short=short)
             else:
-                end = begin + min(PIECE, (count - begin) // size * size)
+                end = begin + min(piece_of(values.dtype), (count - begin) // size * size)
                 span = slice(at // size, (start + end) // size)
                 blocks = span if where is None else where[span]
                 self._blocks(values[begin:end].view(-1, size), out[begin:end].view(-1, size), blocks)
@@ -155,7 +156,7 @@ class FourBitLoader:
         else:
             own = used = block_scales(values, short=short)
             refuse_non_finite(own, 0)
-        result = self._book.nearest(scaled_blocks(values, own, short=short)).view(values.shape)
+        result = block_values(self._book, values, own, short=short).view(values.shape)
         out.copy_(result.mul_(used[:, None]))
 
     def _short(self, values: Tensor) -> None:
