@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from adapterhub_tools.errors import Problem, StoreError
+from adapterhub_tools.errors import AdapterError, HubError, Problem, StoreError
 from adapterhub_tools.ops.scan_file import file_findings
 from adapterhub_tools.ops.scan_files import Listing, ScannedFile, list_files
 from adapterhub_tools.ops.scan_rules import RULES
@@ -63,26 +63,48 @@ def scan_listing(
         listing = Listing(unchecked=list(error.problems))
     findings = list(listing.findings)
     unchecked = list(listing.unchecked)
-    for file in listing.files:
-        for found in _findings(file):
-            if isinstance(found, Finding):
-                findings.append(found)
-            else:
-                unchecked.append(found)
+    stopped: type[AdapterError] = StoreError
+    for number, file in enumerate(listing.files, 1):
+        try:
+            looked = _findings(file)
+        except HubError as error:
+            # A server that fails for one file is not asked for the rest; what was found until then counts.
+            stopped = HubError
+            unchecked.extend(_in_file(error, file.path))
+            unchecked.extend(_left(len(listing.files) - number))
+            break
+        findings.extend(found for found in looked if isinstance(found, Finding))
+        unchecked.extend(found for found in looked if isinstance(found, Problem))
     kept = [_clean(finding, strict) for finding in findings if finding.problem.kind not in ignore]
     told = {finding.problem.kind for finding in kept if finding.problem.severity == "error"}
-    complete = bool(listing.files) or not unchecked
+    complete = stopped is StoreError and (bool(listing.files) or not unchecked)
     return ValidationReport(
         path=path,
         checked=tuple(rule for rule in RULE_IDS if rule not in told and rule not in ignore and complete),
         skipped={**_LEFT_TO_OTHERS, **listing.skipped, **dict.fromkeys(sorted(ignore), "ignored")},
         findings=tuple(dict.fromkeys(kept)),
         unchecked=tuple(unchecked),
+        stopped=stopped,
     )
 
 
+def _in_file(error: HubError, path: str) -> list[Problem]:
+    return [replace(problem, file=problem.file or path) for problem in error.problems]
+
+
+def _left(count: int) -> list[Problem]:
+    if not count:
+        return []
+    message = f"{count} further file{'s'[: count != 1]} could not be looked at."
+    return [Problem(kind="not-looked-at", message=message, remedy="Scan it again when the server answers.")]
+
+
 def _findings(file: ScannedFile) -> list[Finding | Problem]:
-    """Returns what one file gives; what could not be read is a Problem."""
+    """Returns what one file gives; what could not be read is a Problem.
+
+    Raises:
+        HubError: the server that has it failed.
+    """
     found: list[Finding | Problem] = []
     try:
         with file.open() as source:

@@ -118,3 +118,24 @@ def test_a_server_that_answers_again_is_asked_with_patience_again(
     assert [item["exit_code"] for item in entries(ran)] == [9, 0]
     assert "stalled" in ran.out
     assert "rst" in str(hub_server.fired())
+
+
+def test_what_a_scan_found_before_the_server_failed_counts(
+    hub_server: HubServer, client: ForkedClient, good: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in good.iterdir()}
+    clean, pickled = hub_server.repo_name("clean"), hub_server.repo_name("pickled")
+    hub_server.seed(clean, {**files, "notes.txt": b"lost", "zz.txt": b"after it"})
+    hub_server.seed(pickled, {**files, "a.pt": b"\x80\x02N.", "notes.txt": b"lost", "zz.txt": b"after it"})
+    hub_server.arm("status", path=r"notes\.txt", times=-1, status=500)
+    patience = {"ADAPTERTOOL_TRIES": "1"}
+    ran = client.run("scan", f"hf://{clean}", f"hf://{pickled}", "--json", **patience)
+    nothing, something = entries(ran)
+    assert (nothing["exit_code"], something["exit_code"], ran.code) == (9, 1, 1)
+    assert [problem["kind"] for problem in something["problems"]] == ["pickle"]
+    for report in (nothing, something):
+        assert [(item["kind"], item["file"]) for item in report["unchecked"]] == [
+            ("server-error", "notes.txt"),
+            ("not-looked-at", ""),
+        ]
+        assert report["checked"] == []
