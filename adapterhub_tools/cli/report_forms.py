@@ -41,7 +41,9 @@ def folders(given: Iterable[str]) -> list[str]:
         path = Path(item)
         inside = "://" not in item and path.suffix != ".safetensors" and path.is_file()
         inside = inside or path.name == "adapter_model.safetensors"
-        found[str(path.parent) if inside else item] = None
+        # A pattern such as adapters/*/ gives folders with a slash behind them.
+        whole = item if "://" in item else item.rstrip("/") or item
+        found[str(path.parent) if inside else whole] = None
     return list(found)
 
 

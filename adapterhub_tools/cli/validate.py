@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "validate",
     cls=ToolCommand,
     example="adaptertool validate my-adapter --base SmolLM2-135M-Instruct\n"
-    "adaptertool validate adapters/* hf://owner/name --format junit",
+    "adaptertool validate adapters/*/ hf://owner/name --format junit",
     unreadable=EXIT_COULD_NOT_CHECK,
 )
 @click.argument("adapter", type=click.Path(readable=False), nargs=-1, required=True)

@@ -83,3 +83,9 @@ def test_what_cannot_be_read_is_neither_passed_nor_failed(tmp_path: Path) -> Non
     suites = ElementTree.fromstring(text)
     assert code in (1, 10)
     assert suites[0].findall(".//error") or suites[0].findall(".//failure")
+
+
+def test_a_slash_behind_a_folder_changes_nothing(adapters: tuple[Path, Path]) -> None:
+    good, bad = adapters
+    for form in ("json", "sarif", "junit"):
+        assert run(f"{good}/", f"{bad}/", good, "--format", form) == run(good, bad, "--format", form)
