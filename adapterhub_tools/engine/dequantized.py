@@ -17,6 +17,7 @@ import torch
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import matrix_shape, memory_of, torch_dtype
 from adapterhub_tools.engine.row_blocks import non_finite
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
 
@@ -78,10 +79,8 @@ class DequantizedFile:
         self._name = name
         self._shown = tuple(shown)
         self._offsets = [item.offset for item in shown]
-        self._open_file = open_file
-        self._opened: dict[str, OpenSource] = {}
+        self._sources = Sources(open_file)
         self._held = threading.local()
-        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -115,20 +114,18 @@ class DequantizedFile:
                 raise ValueError(f"{self._name} has {self.length} bytes; asked for those from {offset}")
             part = view[done : done + count]
             if isinstance(item.content, ByteRange):
-                self._source(item.content.uri).read_into(part, item.content.offset + inside)
+                self._sources.open(item.content.uri).read_into(part, item.content.offset + inside)
             else:
                 self._fill(item, part, inside)
             done += count
 
     def check_unchanged(self) -> None:
         """Checks every stored file that was read; see OpenSource."""
-        for source in self._opened.values():
-            source.check_unchanged()
+        self._sources.check_unchanged()
 
     def close(self) -> None:
         """Closes the stored files."""
-        for source in self._opened.values():
-            source.close()
+        self._sources.close()
 
     def __enter__(self) -> DequantizedFile:
         """Returns itself."""
@@ -139,12 +136,6 @@ class DequantizedFile:
     ) -> None:
         """Closes the stored files."""
         self.close()
-
-    def _source(self, uri: str) -> OpenSource:
-        with self._lock:
-            if uri not in self._opened:
-                self._opened[uri] = self._open_file(uri)
-            return self._opened[uri]
 
     def _fill(self, item: ShownTensor, view: memoryview, inside: int) -> None:
         """Fills ``view`` with bytes of a tensor, which need not be whole rows."""
@@ -177,7 +168,7 @@ class DequantizedFile:
         offset, nbytes = codec.data_range(tensor, first, out.shape[0])
         data = torch.empty(nbytes, dtype=torch.uint8)
         held = tensor.parts["data"]
-        self._source(held.uri).read_into(memory_of(data), held.offset + offset)
+        self._sources.open(held.uri).read_into(memory_of(data), held.offset + offset)
         codec.dequantize(tensor, data, scales, first, out.shape[0], out.dtype, out=out)
 
     def _small_parts(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -185,7 +176,7 @@ class DequantizedFile:
         for role, item in tensor.small_parts.items():
             raw = torch.empty(item.spec.nbytes, dtype=torch.uint8)
             if raw.numel():
-                self._source(item.uri).read_into(memory_of(raw), item.offset)
+                self._sources.open(item.uri).read_into(memory_of(raw), item.offset)
             parts[role] = raw if item.spec.dtype == "U8" else raw.view(torch_dtype(item.spec.dtype))
         return parts
 
@@ -222,7 +213,7 @@ class DequantizedFile:
         dtype, columns = torch_dtype(item.spec.dtype), matrix_shape(item.spec.shape)[1]
         row = columns * dtype.itemsize
         raw = torch.empty(count * row, dtype=torch.uint8)
-        source = self._source(item.uri)
+        source = self._sources.open(item.uri)
         source.read_into(memory_of(raw), item.offset + first * row)
         rows = raw.view(dtype).view(count, columns)
         # A sum is finite if all values are, or nearly; quantising would turn a NaN into a number.

@@ -6,13 +6,12 @@ float64; nothing is written.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import matrix_shape, torch_dtype
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.engine.step_rows import StepRows
 from adapterhub_tools.engine.workers import in_order
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
@@ -56,24 +55,13 @@ def measure_loss(
         StoreError: an input cannot be read or has changed.
     """
     steps = [step for step in plan.steps if step.action == "merge" and step.terms]
-    opened: dict[str, OpenSource] = {}
-    lock = threading.Lock()
-    with ExitStack() as stack:
-
-        def open_source(uri: str) -> OpenSource:
-            with lock:
-                if uri not in opened:
-                    opened[uri] = sources[uri]()
-                    stack.callback(opened[uri].close)
-                return opened[uri]
-
+    with Sources(lambda uri: sources[uri]()) as opened:
         progress.start("measuring", sum(_sample_bytes(step, sampled) for step in steps))
         found = in_order(
-            lambda step: _of_step(step, open_source, sampled, device, progress.advance), steps, threads
+            lambda step: _of_step(step, opened.open, sampled, device, progress.advance), steps, threads
         )
         tensors = {step.output.name: loss for step, loss in zip(steps, found, strict=True)}
-        for source in opened.values():
-            source.check_unchanged()
+        opened.check_unchanged()
         progress.finish()
     return LossReport(sampled=sampled and any(map(_is_partial, steps)), tensors=tensors)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.engine.undo_step import Restore, restore
 from adapterhub_tools.engine.workers import in_order
 from adapterhub_tools.model.plan import OutputFile
@@ -42,15 +42,7 @@ def restore_all(
         StoreError: an input cannot be read or has changed.
         OSError: an output cannot be written.
     """
-    opened: dict[str, OpenSource] = {}
-    lock = threading.Lock()
-
-    def open_source(uri: str) -> OpenSource:
-        with lock:
-            if uri not in opened:
-                opened[uri] = sources[uri]()
-            return opened[uri]
-
+    opened = Sources(lambda uri: sources[uri]())
     writers: dict[str, RangeWriter] = {}
     try:
         for file in files:
@@ -59,17 +51,15 @@ def restore_all(
         progress.start("restoring", sum(item.base.nbytes for item in items))
 
         def one(item: Restore) -> bytes:
-            return restore(item, writers[item.file], open_source, algorithm, device, progress.advance)
+            return restore(item, writers[item.file], opened.open, algorithm, device, progress.advance)
 
         digests = dict(zip((item.base.name for item in items), in_order(one, items, threads), strict=True))
         for writer in writers.values():
             writer.finish()
-        for source in opened.values():
-            source.check_unchanged()
+        opened.check_unchanged()
         progress.finish()
         return digests
     finally:
         for writer in writers.values():
             writer.close()
-        for source in opened.values():
-            source.close()
+        opened.close()

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from adapterhub_tools import registry
 from adapterhub_tools.engine.buffers import CHUNK_BYTES, Buffers
 from adapterhub_tools.engine.combined import panel_bytes
 from adapterhub_tools.engine.requantise import run_packed
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.engine.tensor_job import Stopped, Surroundings, hash_range, run_step
 from adapterhub_tools.engine.undo_keep import UndoJob
+from adapterhub_tools.linalg.factored_svd import one_thread
 from adapterhub_tools.linalg.rounding import BLOCK_ELEMENTS
 from adapterhub_tools.model.plan import ByteRange, Plan, Step, Term
 from adapterhub_tools.model.protocols import OpenSource, Progress
@@ -107,21 +109,14 @@ def run(
         StoreError: an input cannot be read or has changed.
         OSError: an output cannot be written.
     """
-    opened: dict[str, OpenSource] = {}
+    opened = Sources(lambda uri: sources[uri]())
     lock = threading.Lock()
     failed = threading.Event()
-
-    def open_source(uri: str) -> OpenSource:
-        with lock:
-            if uri not in opened:
-                opened[uri] = sources[uri]()
-            return opened[uri]
-
     around = Surroundings(
         algorithm=algorithm,
         device=device,
         hash_base=hash_base,
-        open_source=open_source,
+        open_source=opened.open,
         advance=progress.advance,
         stopped=failed.is_set,
     )
@@ -146,14 +141,12 @@ def run(
                 resolved += count
         for writer in writers.values():
             writer.finish()
-        for source in opened.values():
-            source.check_unchanged()
+        opened.check_unchanged()
         progress.finish()
     finally:
         for writer in writers.values():
             writer.close()
-        for source in opened.values():
-            source.close()
+        opened.close()
     return RunResult(outputs=result.outputs, base=result.base, resolved=resolved)
 
 
@@ -211,24 +204,13 @@ def _in_threads(
                 raise
         return total
 
-    with _single_threaded_kernels(), ThreadPoolExecutor(max_workers=threads) as pool:
+    with one_thread(), ThreadPoolExecutor(max_workers=threads) as pool:
         futures = [pool.submit(worker) for _ in range(threads)]
         try:
             yield from (future.result() for future in futures)
         except BaseException:
             failed.set()
             raise
-
-
-@contextmanager
-def _single_threaded_kernels() -> Iterator[None]:
-    """One BLAS thread per worker: more were slower on blocks of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _drop_above() -> int:

@@ -11,13 +11,12 @@ round(y). With the spacings u of W and u' of W':
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.engine.step_rows import StepRows
 from adapterhub_tools.engine.workers import in_order
 from adapterhub_tools.linalg.formats import FORMATS
@@ -57,21 +56,10 @@ def subtraction_error(
         StoreError: an input cannot be read or has changed.
     """
     steps = [step for step in plan.steps if step.action == "merge"]
-    opened: dict[str, OpenSource] = {}
-    lock = threading.Lock()
-    with ExitStack() as stack:
-
-        def open_source(uri: str) -> OpenSource:
-            with lock:
-                if uri not in opened:
-                    opened[uri] = sources[uri]()
-                    stack.callback(opened[uri].close)
-                return opened[uri]
-
+    with Sources(lambda uri: sources[uri]()) as opened:
         progress.start("estimating the error", sum(step.start.spec.nbytes for step in steps))
-        found = list(in_order(lambda step: _of_step(step, open_source, device, progress), steps, threads))
-        for source in opened.values():
-            source.check_unchanged()
+        found = list(in_order(lambda step: _of_step(step, opened.open, device, progress), steps, threads))
+        opened.check_unchanged()
         progress.finish()
     return round(sum(wrong for wrong, _ in found)), max((largest for _, largest in found), default=0.0)
 

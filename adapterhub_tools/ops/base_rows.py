@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub_tools.architectures import lookup
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.plan import ByteRange
@@ -59,9 +59,8 @@ class OpenBase:
             compute_dtype = compute_dtype or scheme.compute_dtype
             self.notes = (f"computed with the base's {scheme.words} weights, dequantised",)
         self.checkpoint: Checkpoint = stored_view(on_disk, weights, compute_dtype)
-        self._files = {self.checkpoint.uri(file): file for file in self.checkpoint.files}
-        self._opened: dict[str, OpenSource] = {}
-        self._lock = threading.Lock()
+        files = {self.checkpoint.uri(file): file for file in self.checkpoint.files}
+        self._opened = Sources(lambda uri: self.checkpoint.open(files[uri]))
 
     def fit(self, adapter: Adapter, label: str = "") -> Fit:
         """Fits an adapter to the base.
@@ -84,10 +83,7 @@ class OpenBase:
 
     def open(self, uri: str) -> OpenSource:
         """Returns the open file that a range names."""
-        with self._lock:
-            if uri not in self._opened:
-                self._opened[uri] = self.checkpoint.open(self._files[uri])
-            return self._opened[uri]
+        return self._opened.open(uri)
 
     def stored_rows(
         self, name: str, *, advance: Callable[[int], None] | None = None, rows: int | None = None
@@ -116,12 +112,9 @@ class OpenBase:
             StoreError: one was changed.
         """
         try:
-            for source in self._opened.values():
-                source.check_unchanged()
+            self._opened.check_unchanged()
         finally:
-            for source in self._opened.values():
-                source.close()
-            self._opened.clear()
+            self._opened.close()
 
 
 def memory_paths(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterhub_tools.engine.sources import Sources
 from adapterhub_tools.errors import AdapterError, Problem, StoreError
 from adapterhub_tools.model.plan import ByteRange, Step
 from adapterhub_tools.model.protocols import OpenSource, Progress, SilentProgress
@@ -185,25 +186,15 @@ class _Run:
         progress: Progress,
     ) -> None:
         import secrets
-        import threading
 
         self._planned, self._merged, self._options, self._device = planned, merged, options, device
         # What adaptertool merged is correctly rounded or wrong.
         self._strict = receipt is not None and receipt.guarantee == "exact"
         self._progress = progress
         self.seed = secrets.randbits(32) if options.seed is None else options.seed
-        self._lock = threading.Lock()
-        self._opened: dict[str, OpenSource] = {}
-        self._sources: dict[str, Callable[[], OpenSource]] = dict(planned.sources)
-        for file in merged.files:
-            self._sources[merged.uri(file)] = _opener(merged, file)
+        sources = {**planned.sources, **{merged.uri(file): _opener(merged, file) for file in merged.files}}
+        self._opened = Sources(lambda uri: sources[uri]())
         self._pairs: dict[str, Pair] = {}
-
-    def open(self, uri: str) -> OpenSource:
-        with self._lock:
-            if uri not in self._opened:
-                self._opened[uri] = self._sources[uri]()
-            return self._opened[uri]
 
     def all(self, problems: list[Problem]) -> tuple[TensorVerdict, ...]:
         from adapterhub_tools.engine.run import default_threads
@@ -218,11 +209,9 @@ class _Run:
         try:
             verdicts = list(in_order(self._one, numbered, threads))
             verdicts = [self._explained(verdict) for verdict in verdicts]
-            for source in self._opened.values():
-                source.check_unchanged()
+            self._opened.check_unchanged()
         finally:
-            for source in self._opened.values():
-                source.close()
+            self._opened.close()
         self._progress.finish()
         names = {step.output.name for step in steps}
         for verdict in verdicts:
@@ -256,7 +245,7 @@ class _Run:
             return wrong(step, rows, f"it is missing{packed and f': {packed}'}")
         merged = ByteRange(uri=self._merged.uri(stored.file), offset=stored.offset, spec=stored.spec)
         if stored.spec.shape != step.output.shape:
-            packed = "" if step.action != "copy" else packed_otherwise(step.start, merged, self.open)
+            packed = "" if step.action != "copy" else packed_otherwise(step.start, merged, self._opened.open)
             found, expected = list(stored.spec.shape), list(step.output.shape)
             return wrong(step, rows, packed or f"its shape is {found}, expected {expected}")
         if step.terms or step.patch is not None:
@@ -265,13 +254,13 @@ class _Run:
 
         if stored.spec.dtype == step.start.spec.dtype:
             verdict = "identical" if step.action == "copy" else "replaced"
-            difference = bytes_differ(step.start, merged, self.open)
+            difference = bytes_differ(step.start, merged, self._opened.open)
         elif {stored.spec.dtype, step.start.spec.dtype} <= set(FLOAT_DTYPES):
-            verdict, difference = "cast", cast_differs(step.start, merged, self.open)
+            verdict, difference = "cast", cast_differs(step.start, merged, self._opened.open)
         else:
             return wrong(step, rows, f"it is {stored.spec.dtype}, expected {step.start.spec.dtype}")
         if difference is not None:
-            if packed := packed_otherwise(step.start, merged, self.open):
+            if packed := packed_otherwise(step.start, merged, self._opened.open):
                 return wrong(step, rows, packed)
             source = "the base's" if step.base_name is not None else "the adapter's"
             return wrong(step, rows, f"it is not {source} tensor: {difference_text(difference, step)}")
@@ -292,9 +281,9 @@ class _Run:
             own = is_scaled(step)
             most = MOST_STEPS if merged.spec.dtype != "F32" else MOST_STEPS_F32
             difference = (
-                scaled_differs(step, merged, self.open)
+                scaled_differs(step, merged, self._opened.open)
                 if own
-                else recomputed_differs(step, merged, self.open, self._device)
+                else recomputed_differs(step, merged, self._opened.open, self._device)
             )
             arithmetic = "own" if own else "recomputed"
             right = "correctly rounded" if own else "recomputed"
@@ -310,7 +299,7 @@ class _Run:
                 rows_checked=rows,
                 steps=0.0 if difference is None else difference.steps,
             )
-        pair = Pair(step, merged, self.open, self._device)
+        pair = Pair(step, merged, self._opened.open, self._device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         check = check_sum(
             pair,
@@ -334,7 +323,7 @@ class _Run:
     def _keep(self, step: Step, merged: ByteRange) -> None:
         from adapterhub_tools.engine.check_tensor import Pair
 
-        self._pairs[step.output.name] = Pair(step, merged, self.open, self._device)
+        self._pairs[step.output.name] = Pair(step, merged, self._opened.open, self._device)
 
     def _explained(self, verdict: TensorVerdict) -> TensorVerdict:
         """Says why a wrong tensor is wrong; of very many, of the first ones."""
