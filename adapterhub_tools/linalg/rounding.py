@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adapterhub_tools.linalg.formats import FORMATS, AnyArray, F64Array, FloatFormat, round_double
+from adapterhub_tools.linalg.formats import AnyArray, F64Array, FloatFormat, round_double
 from adapterhub_tools.linalg.single_block import single_block
 
 if TYPE_CHECKING:
@@ -265,8 +265,3 @@ def _bits(tensor: Tensor, of: FloatFormat) -> AnyArray:
     signed = {16: torch.int16, 32: torch.int32, 64: torch.int64}[of.bits]
     view: AnyArray = tensor.view(signed).numpy().view(of.numpy_bits)
     return view
-
-
-def format_of(dtype: str) -> FloatFormat:
-    """Returns the format of a safetensors dtype name that a merge can write."""
-    return FORMATS[dtype]

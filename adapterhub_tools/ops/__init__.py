@@ -1,1 +1,1 @@
-"""One file for each verb: merge, inspect, validate, init, hash."""
+"""One file for each verb of the command line, and beside it what belongs to that verb alone."""

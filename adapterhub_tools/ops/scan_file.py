@@ -65,11 +65,6 @@ def file_findings(name: str, source: Source) -> Iterator[Finding | Problem]:
     yield from _text(name, source)
 
 
-def name_finding(name: str) -> Finding | None:
-    """Returns what a file's name alone says, for a file whose content is not at hand."""
-    return next(iter(_by_name(name, "")), None)
-
-
 def _safetensors(name: str, source: Source) -> Iterator[Finding]:
     try:
         read_header(source)
