@@ -67,11 +67,7 @@ def show(report: LowRankReport, output: Output) -> None:
             f"{module.norm:.4g}",
             f"{module.energy:.6f}",
             f"{module.error:.3g}",
-            *(
-                ()
-                if module.refit is None
-                else (f"{module.refit.error:.3g}", f"{module.refit.error_kept:.3g}")
-            ),
+            *(f"{error:.3g}" for error in _refit_errors(module)),
         )
         for module in report.modules
     ]
