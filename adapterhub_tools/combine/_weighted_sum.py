@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
+
+from adapterhub_tools.combine._method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sum = TypeVar("Sum", bound="WeightedSum")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightedSum:
+class WeightedSum(Method):
     """ΔW = Σ w_i·ΔW_i in factored form; sums differ in the rank that they keep and in shared factors."""
 
     kind: ClassVar[str] = "factored"
     default_rank: ClassVar[str] = "exact"
     shares_factors: ClassVar[bool] = False
-
-    @classmethod
-    def from_options(cls: type[Sum], options: Mapping[str, Any]) -> Sum:
-        """Makes the method of its options; it has none."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters, for receipts."""
-        return {}
 
     def check(self, count: int) -> None:
         """Accepts any number of adapters, at least one."""

@@ -7,10 +7,11 @@ layer by layer. mergekit's ``breadcrumbs`` names the shares as here. Magnitudes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+from adapterhub_tools.combine._method import Method
 from adapterhub_tools.linalg.combined_rows import added
 from adapterhub_tools.linalg.trimming import check_share, keep_between, thresholds
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Breadcrumbs:
+class Breadcrumbs(Method):
     """The hyperparameters of Model Breadcrumbs.
 
     Attributes:
@@ -42,18 +43,6 @@ class Breadcrumbs:
                 f"density and gamma may not exceed 1 together: {self.density} stay and {self.gamma} go"
             )
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Breadcrumbs:
-        """Makes it of options by name; a ValueError tells of wrong ones."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters."""
-        return asdict(self)
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters."""
-
     def prepare(
         self,
         inputs: Sequence[DeltaInput],
@@ -69,8 +58,7 @@ class Breadcrumbs:
         first: int,  # noqa: ARG002 - nothing depends on the place
     ) -> Tensor:
         """Returns some rows of the combined delta; see ElementWise."""
-        for delta, (low, high) in zip(deltas, state, strict=True):
-            keep_between(delta, low, high)
+        keep_between(deltas, state)
         return added(deltas)
 
 

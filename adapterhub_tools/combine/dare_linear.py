@@ -7,10 +7,11 @@ density. The drops of an element depend on the seed, its adapter, its tensor and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+from adapterhub_tools.combine._method import Method
 from adapterhub_tools.linalg.combined_rows import added
 from adapterhub_tools.linalg.counter_random import check_seed, stream_key
 from adapterhub_tools.linalg.trimming import check_share, keep_by_chance
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DareLinear:
+class DareLinear(Method):
     """The hyperparameters of DARE with a sum.
 
     Attributes:
@@ -38,18 +39,6 @@ class DareLinear:
         """Refuses values that they cannot have."""
         check_share(self.density, "density")
         check_seed(self.seed)
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> DareLinear:
-        """Makes it of options by name; a ValueError tells of wrong ones."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters."""
-        return asdict(self)
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters."""
 
     def prepare(self, inputs: Sequence[DeltaInput], name: str) -> tuple[int, ...]:
         """Returns the key of each delta's random numbers; see ElementWise."""

@@ -7,10 +7,11 @@ its adapter, its tensor and its place alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+from adapterhub_tools.combine._method import Method
 from adapterhub_tools.linalg.counter_random import check_seed, stream_key
 from adapterhub_tools.linalg.sign_election import SignElection
 from adapterhub_tools.linalg.trimming import check_share, keep_by_chance
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DareTies:
+class DareTies(Method):
     """The hyperparameters of DARE with an election.
 
     Attributes:
@@ -41,18 +42,6 @@ class DareTies:
         check_share(self.density, "density")
         SignElection(self.majority_sign)
         check_seed(self.seed)
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> DareTies:
-        """Makes it of options by name; a ValueError tells of wrong ones."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters."""
-        return asdict(self)
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters."""
 
     def prepare(self, inputs: Sequence[DeltaInput], name: str) -> tuple[tuple[int, ...], SignElection]:
         """Returns the key of each delta's random numbers; see ElementWise."""

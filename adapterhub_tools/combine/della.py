@@ -12,12 +12,13 @@ mergekit's ``della`` takes ε on either side (twice the width) and rescales by t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from adapterhub_tools.combine._method import Method
 from adapterhub_tools.linalg.counter_random import check_seed, stream_key
 from adapterhub_tools.linalg.row_order import ascending
 from adapterhub_tools.linalg.sign_election import SignElection
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Della:
+class Della(Method):
     """The hyperparameters of DELLA.
 
     Attributes:
@@ -56,18 +57,6 @@ class Della:
             )
         SignElection(self.majority_sign)
         check_seed(self.seed)
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Della:
-        """Makes it of options by name; a ValueError tells of wrong ones."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters."""
-        return asdict(self)
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters."""
 
     def prepare(self, inputs: Sequence[DeltaInput], name: str) -> tuple[tuple[int, ...], SignElection]:
         """Returns the key of each delta's random numbers; see ElementWise."""

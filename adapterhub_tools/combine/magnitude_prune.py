@@ -7,10 +7,11 @@ trimmed deltas of TIES (Yadav et al. 2023, arXiv:2306.01708, §3, step 1), witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+from adapterhub_tools.combine._method import Method
 from adapterhub_tools.linalg.combined_rows import added
 from adapterhub_tools.linalg.trimming import check_share, keep_between, thresholds
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MagnitudePrune:
+class MagnitudePrune(Method):
     """The hyperparameter of magnitude pruning.
 
     Attributes:
@@ -34,18 +35,6 @@ class MagnitudePrune:
     def __post_init__(self) -> None:
         """Refuses values that it cannot have."""
         check_share(self.density, "density")
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> MagnitudePrune:
-        """Makes it of options by name; a ValueError tells of wrong ones."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters."""
-        return asdict(self)
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters."""
 
     def prepare(
         self,
@@ -62,8 +51,7 @@ class MagnitudePrune:
         first: int,  # noqa: ARG002 - nothing depends on the place
     ) -> Tensor:
         """Returns some rows of the combined delta; see ElementWise."""
-        for delta, (low, high) in zip(deltas, state, strict=True):
-            keep_between(delta, low, high)
+        keep_between(deltas, state)
         return added(deltas)
 
 

@@ -11,10 +11,12 @@ coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import acos, sin, sqrt
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from adapterhub_tools.combine._method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,22 +26,13 @@ PARALLEL = 0.9995
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slerp:
+class Slerp(Method):
     """Spherical interpolation; it has no hyperparameters but the two weights."""
 
     kind: ClassVar[str] = "factored"
     default_rank: ClassVar[str] = "exact"
     shares_factors: ClassVar[bool] = False
     needs_angles: ClassVar[bool] = True
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Slerp:
-        """Makes it of options by name; it has none."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters: none."""
-        return {}
 
     def check(self, count: int) -> None:
         """Refuses any number of adapters but two.

@@ -10,10 +10,11 @@ two sides are equal the paper's sgn is 0 and so is the result; PEFT and mergekit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+from adapterhub_tools.combine._method import Method
 from adapterhub_tools.linalg.sign_election import SignElection
 from adapterhub_tools.linalg.trimming import check_share, keep_between, thresholds
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ties:
+class Ties(Method):
     """The hyperparameters of TIES.
 
     Attributes:
@@ -40,18 +41,6 @@ class Ties:
         """Refuses values that they cannot have."""
         check_share(self.density, "density")
         SignElection(self.majority_sign)
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Ties:
-        """Makes it of options by name; a ValueError tells of wrong ones."""
-        return cls(**options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the hyperparameters."""
-        return asdict(self)
-
-    def check(self, count: int) -> None:
-        """Accepts any number of adapters."""
 
     def prepare(
         self,
@@ -70,8 +59,7 @@ class Ties:
     ) -> Tensor:
         """Returns some rows of the combined delta; see ElementWise."""
         limits, election = state
-        for delta, (low, high) in zip(deltas, limits, strict=True):
-            keep_between(delta, low, high)
+        keep_between(deltas, limits)
         return election.mean(deltas)
 
 

@@ -60,20 +60,20 @@ def thresholds(
     return tuple(found)
 
 
-def keep_between(delta: Tensor, low: float, high: float) -> None:
-    """Sets to zero, in place, every value whose magnitude is below ``low`` or above ``high``.
+def keep_between(deltas: Sequence[Tensor], limits: Sequence[tuple[float, float]]) -> None:
+    """Sets to zero, in place, every value whose magnitude is beyond the limits of its delta.
 
     Args:
-        delta: float64.
-        low: at least 0; equal magnitudes stay.
-        high: infinity keeps all that are large; equal magnitudes stay.
+        deltas: float64.
+        limits: for each, the least magnitude that stays, and the largest; 0 and infinity keep all.
     """
-    if low > 0.0:
-        # hardshrink keeps |x| > λ, in one pass.
-        torch.ops.aten.hardshrink.out(delta, nextafter(low, 0.0), out=delta)
-    if high < inf:
-        values = delta.numpy()
-        np.copyto(values, 0.0, where=np.abs(values) > high)
+    for delta, (low, high) in zip(deltas, limits, strict=True):
+        if low > 0.0:
+            # hardshrink keeps |x| > λ, in one pass.
+            torch.ops.aten.hardshrink.out(delta, nextafter(low, 0.0), out=delta)
+        if high < inf:
+            values = delta.numpy()
+            np.copyto(values, 0.0, where=np.abs(values) > high)
 
 
 def keep_by_chance(delta: Tensor, probability: float | Tensor, key: int, first: int) -> None:
