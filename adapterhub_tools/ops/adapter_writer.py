@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from adapterhub_tools import registry
 from adapterhub_tools.model.adapter import Adapter
@@ -27,6 +27,10 @@ from adapterhub_tools.store.side_files import classify
 
 if TYPE_CHECKING:
     from adapterhub_tools.model.tensor import TensorSpec
+    from adapterhub_tools.ops.server_report import ServerReport
+    from adapterhub_tools.ops.shrink_report import LowRankReport
+
+Report = TypeVar("Report", bound="LowRankReport | ServerReport")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,45 @@ class WrittenAdapter:
     config: dict[str, Any]
     manifest: Manifest
     notes: tuple[str, ...]
+
+
+class _Replacing(Protocol):
+    """The options of an operation that say whether it may replace a folder."""
+
+    @property
+    def replace(self) -> bool: ...
+
+    @property
+    def allow_replace_gap(self) -> bool: ...
+
+
+def write_and_report(
+    draft: Draft, report: Report, out: Path, *, inputs: Sequence[Path], options: _Replacing
+) -> Report:
+    """Writes an adapter's folder, and returns the report with what was written.
+
+    Args:
+        draft: what to write.
+        report: what the operation found and did; its ``notes`` are kept.
+        out: the folder to make.
+        inputs: what was read; the output may not overlap it.
+        options: those of the operation.
+
+    Raises:
+        UnsupportedError: the dialect cannot express the adapter.
+        StoreError: the folder cannot be written; what was there is untouched.
+    """
+    written = write_adapter(
+        draft, out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
+    )
+    return dataclasses.replace(
+        report,
+        out=str(out),
+        nbytes=written.nbytes,
+        digest=written.digest,
+        config=written.config,
+        notes=report.notes + written.notes,
+    )
 
 
 def write_adapter(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from adapterhub_tools.model.adapter import Adapter
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
-from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_adapter
+from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_and_report
 from adapterhub_tools.ops.convert_options import ConvertOptions
 from adapterhub_tools.ops.low_rank import Loader, Tensors, checked_input, open_low_rank, refuse_zero
 from adapterhub_tools.ops.option_checks import check_output
@@ -73,17 +72,7 @@ def convert(
         report, draft = _draft(adapter, opened, options, tensors, parts, others)
         if options.dry_run or out is None:
             return report
-        written = write_adapter(
-            draft, out, inputs=inputs, replace=options.replace, allow_replace_gap=options.allow_replace_gap
-        )
-    return replace(
-        report,
-        out=str(out),
-        nbytes=written.nbytes,
-        digest=written.digest,
-        config=written.config,
-        notes=report.notes + written.notes,
-    )
+        return write_and_report(draft, report, out, inputs=inputs, options=options)
 
 
 def _parts(

@@ -14,7 +14,7 @@ from adapterhub_tools.model.base import BaseRef, StoredTensor
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.protocols import Progress, SilentProgress
 from adapterhub_tools.model.tensor import DTYPE_BITS, DTYPE_NAMES, TensorSpec
-from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_adapter
+from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_and_report
 from adapterhub_tools.ops.base_check import identify_base
 from adapterhub_tools.ops.base_rows import OpenBase
 from adapterhub_tools.ops.dense_rank import approximate
@@ -91,21 +91,7 @@ def extract(
         modules, reports = work.run()
         report, draft = _draft(models, plan, options, tensors, modules, reports)
         if not options.dry_run and out is not None:
-            written = write_adapter(
-                draft,
-                out,
-                inputs=[base, tuned],
-                replace=options.replace,
-                allow_replace_gap=options.allow_replace_gap,
-            )
-            report = replace(
-                report,
-                out=str(out),
-                nbytes=written.nbytes,
-                digest=written.digest,
-                config=written.config,
-                notes=report.notes + written.notes,
-            )
+            report = write_and_report(draft, report, out, inputs=[base, tuned], options=options)
     if options.plot is not None:
         from adapterhub_tools.ops.spectra_plot import plot_spectra
 

@@ -14,7 +14,7 @@ from adapterhub_tools.errors import LossyError, MismatchError, Problem, Unsuppor
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.protocols import Progress
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, examine_adapter
-from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_adapter
+from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_and_report
 from adapterhub_tools.ops.low_rank import RULES, Loader, Tensors, alpha_for, checked_input, open_low_rank
 from adapterhub_tools.ops.option_checks import check_dtype
 from adapterhub_tools.ops.server_examine import Examination, is_pattern, refusals
@@ -282,21 +282,8 @@ def _write(
     report = replace(examined.report, dry_run=options.dry_run, modules=tuple(reports), left_out=tuple(left))
     if options.dry_run or out is None:
         return replace(report, dry_run=True)
-    written = write_adapter(
-        _draft(adapter, examined, options, modules, full, reports, tensors),
-        out,
-        inputs=inputs,
-        replace=options.replace,
-        allow_replace_gap=options.allow_replace_gap,
-    )
-    return replace(
-        report,
-        out=str(out),
-        nbytes=written.nbytes,
-        digest=written.digest,
-        config=written.config,
-        notes=report.notes + written.notes,
-    )
+    draft = _draft(adapter, examined, options, modules, full, reports, tensors)
+    return write_and_report(draft, report, out, inputs=inputs, options=options)
 
 
 def _draft(

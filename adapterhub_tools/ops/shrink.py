@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from adapterhub_tools.errors import MismatchError
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.protocols import Progress
-from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_adapter
+from adapterhub_tools.ops.adapter_writer import Draft, history_entry, known_base, write_and_report
 from adapterhub_tools.ops.low_rank import checked_input, is_product, open_low_rank, replace_modules
 from adapterhub_tools.ops.option_checks import check_dtype, check_output
 from adapterhub_tools.ops.shrink_options import ShrinkOptions
@@ -74,21 +73,7 @@ def svd_shrink(
         if options.dry_run or out is None:
             result = report
         else:
-            written = write_adapter(
-                draft,
-                out,
-                inputs=inputs,
-                replace=options.replace,
-                allow_replace_gap=options.allow_replace_gap,
-            )
-            result = replace(
-                report,
-                out=str(out),
-                nbytes=written.nbytes,
-                digest=written.digest,
-                config=written.config,
-                notes=report.notes + written.notes,
-            )
+            result = write_and_report(draft, report, out, inputs=inputs, options=options)
     if options.plot is not None:
         from adapterhub_tools.ops.spectra_plot import plot_spectra
 
