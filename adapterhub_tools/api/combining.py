@@ -136,18 +136,22 @@ def combine_adapters(
             dry_run=dry_run,
             undo=undo,
         )
-        with resolve.adapter_folders(adapters) as folders, resolve.base_files(into) as target:
-            return combine_into(
-                target,
-                folders,
-                optional_path(out),
-                method=method,
-                weights=counts,
-                hparams=given,
-                seed=seed,
-                allow_disjoint=allow_disjoint,
-                options=merging,
-                progress=progress,
+        with resolve.adapter_folders(adapters) as folders:
+            return resolve.merged(
+                into,
+                lambda target: combine_into(
+                    target,
+                    folders,
+                    optional_path(out),
+                    method=method,
+                    weights=counts,
+                    hparams=given,
+                    seed=seed,
+                    allow_disjoint=allow_disjoint,
+                    options=merging,
+                    progress=progress,
+                ),
+                dry_run=dry_run,
             )
     if undo:
         refuse_with_into(undo_without_into=True)

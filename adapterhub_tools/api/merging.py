@@ -105,8 +105,6 @@ def merge(
         True
         >>> at.merge("base", ["style", "facts"], "both", scale=[0.7, 0.3], undo=True)
     """
-    from dataclasses import replace as with_fields
-
     from adapterhub_tools.hub import resolve
     from adapterhub_tools.ops import merge as op
     from adapterhub_tools.ops.merge_options import MergeOptions
@@ -134,6 +132,9 @@ def merge(
         loss=loss,
         allow_loss=allow_loss,
     )
-    with resolve.base_files(base) as opened, resolve.adapter_folders(several(adapter)) as folders:
-        report = op.merge(opened, folders, optional_path(out), options, progress)
-    return with_fields(report, notes=report.notes + resolve.streamed_note(base, dry_run))
+    with resolve.adapter_folders(several(adapter)) as folders:
+        return resolve.merged(
+            base,
+            lambda opened: op.merge(opened, folders, optional_path(out), options, progress),
+            dry_run=dry_run,
+        )

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from os import PathLike, fspath
@@ -28,9 +28,11 @@ from adapterhub_tools.errors import (
     escape,
 )
 from adapterhub_tools.hub.reference import HubReference, is_id, is_remote
+from adapterhub_tools.model.quant_scheme import REMOTE_QUANTISED
 
 if TYPE_CHECKING:
     from adapterhub_tools.hub.snapshot import HubSnapshot
+    from adapterhub_tools.ops.merge_report import MergeReport
     from adapterhub_tools.ops.scan_files import Listing
     from adapterhub_tools.store.adapter_files import AdapterFiles
     from adapterhub_tools.store.checkpoint import Checkpoint
@@ -197,12 +199,37 @@ def named(report: R, reference: Given) -> R:
     return dataclasses.replace(changed, path=text)  # type: ignore[no-any-return]
 
 
-def streamed_note(reference: Given, dry_run: bool) -> tuple[str, ...]:
-    """Returns what a report says of a base that was streamed."""
-    text = fspath(reference)
-    if not is_remote(text) or dry_run:
-        return ()
-    return (f"the base was streamed from {escape(text)}; each file had the digest that the commit names",)
+def merged(base: Given, merge: Callable[[Path | Checkpoint], MergeReport], *, dry_run: bool) -> MergeReport:
+    """Merges onto a base that may be remote, and says in the report how it was read.
+
+    It is streamed; one whose weights are dequantised is read more than once, and is brought into a temporary
+    folder.
+
+    Args:
+        base: the base.
+        merge: what merges onto its path, or onto one that is open already.
+        dry_run: whether nothing is written, so that a base is read only if it must be.
+
+    Raises:
+        AdapterError: the base cannot be had; whatever ``merge`` raises.
+    """
+    text, way = fspath(base), "streamed from"
+    try:
+        with base_files(base) as opened:
+            report = merge(opened)
+        if dry_run or not is_remote(text):
+            return report
+    except UnsupportedError as error:
+        if all(problem.kind != REMOTE_QUANTISED for problem in error.problems):
+            raise
+        way = "brought into a temporary folder from"
+        from adapterhub_tools.hub.origin import ORIGIN_NAME
+
+        with base_folder(base) as folder:
+            (folder / ORIGIN_NAME).unlink(missing_ok=True)  # what a pull leaves is no part of the model
+            report = merge(folder)
+    note = f"the base was {way} {escape(text)}; each file had the digest that the commit names"
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def _local(text: str) -> Path:

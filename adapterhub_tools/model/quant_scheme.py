@@ -16,6 +16,8 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 """The number of scales that share one scale under double quantisation."""
+REMOTE_QUANTISED = "remote-quantised"
+"""The kind of the problem with a base that must be on this machine, because it is read more than once."""
 
 _LIBRARY = "bitsandbytes-"
 _STORAGE = {**DTYPE_NAMES, "uint8": "U8", "int8": "I8"}

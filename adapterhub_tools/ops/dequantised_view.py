@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterhub_tools.errors import Problem, UnsupportedError
 from adapterhub_tools.model.base import StoredTensor
 from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
@@ -33,13 +32,9 @@ def stored_view(
         checkpoint: on disk.
         weights: its quantised weights; none returns it as it is.
         dtype: the safetensors dtype of their values; None takes the one that each had before.
-
-    Raises:
-        UnsupportedError: it comes over a network.
     """
     if not weights:
         return checkpoint
-    _refuse_remote(checkpoint)
     parts = {name for weight in weights.values() for name in weight.part_names}
     contents: dict[str, list[tuple[TensorSpec, Content]]] = {file: [] for file in checkpoint.files}
     for name, stored in checkpoint.tensors.items():
@@ -62,13 +57,9 @@ def loaded_view(
         scheme: how it was quantised.
         weights: the weights that were, and of each whether its transpose was (Conv1D).
         dtype: the safetensors dtype of their dequantised values.
-
-    Raises:
-        UnsupportedError: it comes over a network.
     """
     from adapterhub_tools.engine.dequantized import LoadedTensor
 
-    _refuse_remote(checkpoint)
     contents: dict[str, list[tuple[TensorSpec, Content]]] = {file: [] for file in checkpoint.files}
     for name, stored in checkpoint.tensors.items():
         item = checkpoint.range_of(name)
@@ -106,16 +97,3 @@ def _shown(
 
     view = View(stored=checkpoint, made_from=made_from, opener=open_view)
     return replace(checkpoint, tensors=tensors, view=view)
-
-
-def _refuse_remote(checkpoint: Checkpoint) -> None:
-    if checkpoint.is_remote:
-        raise UnsupportedError(
-            Problem(
-                kind="remote-quantised",
-                file=str(checkpoint.root),
-                message="the base comes over a network, and its weights are dequantised as they are read, "
-                "which needs more than one pass.",
-                remedy="Get the base first (`adaptertool pull`), then merge onto the local folder.",
-            )
-        )

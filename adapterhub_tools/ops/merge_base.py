@@ -13,7 +13,7 @@ from typing import Any
 
 from adapterhub_tools.errors import IntegrityError, MismatchError, UnsupportedError, escape, raise_for
 from adapterhub_tools.model.manifest import MANIFEST_NAME
-from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
+from adapterhub_tools.model.quant_scheme import REMOTE_QUANTISED, QuantizedTensor, QuantScheme
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.ops.dequantised_view import loaded_view, stored_view
 from adapterhub_tools.ops.loaded_modules import loaded_modules
@@ -75,7 +75,8 @@ def settle_base(
         options: ``onto``, ``quant``, ``compute_dtype`` and ``skip_modules``.
 
     Raises:
-        UnsupportedError: the base cannot give what was asked for; an unknown scheme.
+        UnsupportedError: the base cannot give what was asked for; an unknown scheme; of kind
+            REMOTE_QUANTISED where its quantised weights come over a network and would be read.
         MismatchError: the scheme is not known, or not the base's; an adapter does not fit.
         IntegrityError: a manifest records that the base was quantised otherwise.
         FormatError: a quantised weight lacks a part, or is damaged.
@@ -95,6 +96,15 @@ def settle_base(
             "against the base, and would not bring it back.",
             loc="--undo",
             remedy="Leave --undo out and keep the base, or merge --onto original.",
+        )
+    reads = not options.dry_run or base.onto == "quantized" or options.loss in ("sampled", "full")
+    if base.checkpoint.is_remote and base.checkpoint.view is not None and reads:
+        raise UnsupportedError.of(
+            REMOTE_QUANTISED,
+            "the base comes over a network, and its weights are dequantised as they are read, which needs "
+            "more than one pass.",
+            file=str(checkpoint.root),
+            remedy="Get the base first, then merge onto the local folder.",
         )
     return base
 
