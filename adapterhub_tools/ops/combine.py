@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from adapterhub_tools.combine._weighted_sum import WeightedSum
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.manifest import HistoryInput
 from adapterhub_tools.model.protocols import Progress, SilentProgress
-from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_adapter
+from adapterhub_tools.ops.adapter_writer import Draft, history_entry, write_and_report
 from adapterhub_tools.ops.base_rows import memory_paths
 from adapterhub_tools.ops.combine_bias import add_in_full, bias_sums, biases_in_full, with_biases
 from adapterhub_tools.ops.combine_config import common_config, common_side
+from adapterhub_tools.ops.combine_experts import Stacks, combine_stacks, is_stacked, stacks_of
 from adapterhub_tools.ops.combine_full import (
     CombinedFull,
     carried_in_full,
@@ -87,7 +89,12 @@ def combine(
         carried = carried_in_full(inputs)
         owners = {name.rpartition(".")[0] for name in carried}
         weights = ordered.weights.of(sorted({*paths_of(inputs), *owners}))
-        joints = join_modules(inputs, weights, allow_disjoint=options.allow_disjoint)
+        addable = (
+            options.policy is None and isinstance(method, WeightedSum) and method.default_rank == "exact"
+        )
+        experts = stacks_of(inputs, weights, addable=addable)
+        stacked = {s.name: [i for i, m in enumerate(s.members) if m is not None] for s in experts.stacks}
+        joints = join_modules(inputs, weights, allow_disjoint=options.allow_disjoint, stacked=stacked)
         if method is None:
             done = _by_factors(inputs, ordered, tensors, joints)
             full = combine_full(inputs, carried, weights, "drop", tensors)
@@ -101,35 +108,27 @@ def combine(
             if biases_in_full(inputs, joints, sums):
                 add_in_full(inputs, joints, sums, carried, work, full)
                 sums = {}
-            done = _by_deltas(work, joints, full, sums)
-        report, draft = _finish(inputs, tensors, joints, done, full, options)
+            done = _by_deltas(work, joints, experts, full, sums)
+        report, draft = _finish(inputs, tensors, joints, done, full, options, experts.config)
         if options.dry_run or out is None:
             return report
-        written = write_adapter(
-            draft, out, inputs=paths, replace=options.replace, allow_replace_gap=options.allow_replace_gap
-        )
-    return replace(
-        report,
-        out=str(out),
-        nbytes=written.nbytes,
-        digest=written.digest,
-        config=written.config,
-        notes=report.notes + written.notes,
-    )
+        return write_and_report(draft, report, out, inputs=paths, options=options)
 
 
 def _by_deltas(
-    work: Work, joints: Sequence[Joint], full: CombinedFull, biases: Mapping[str, Tensor]
+    work: Work, joints: Sequence[Joint], experts: Stacks, full: CombinedFull, biases: Mapping[str, Tensor]
 ) -> list[Combined]:
     from adapterhub_tools.engine.workers import in_order
 
     budget = None if work.options.policy is None else work.options.policy.budget
     specs = [item.tensor for item in full.full]
     in_bytes = budget is not None and budget.unit == "bytes"
-    ranks = choose_ranks(work, joints, sum(spec.nbytes if in_bytes else spec.elements for spec in specs))
+    carried = sum(spec.nbytes if in_bytes else spec.elements for spec in specs)
+    ranks = choose_ranks(work, joints, carried)
     work.progress.start("combining", sum(nbytes_of(joint) + base_nbytes_of(joint) for joint in joints))
     results = in_order(lambda j: work.combine(j, ranks.get(j.path)), joints, work.threads)
     done = [with_biases(work, joint, result, biases) for joint, result in zip(joints, results, strict=True)]
+    done += combine_stacks(work, experts)
     work.progress.finish()
     refuse_zero_sum([item.report.norm for item in done if item.report is not None])
     return done
@@ -155,16 +154,21 @@ def _finish(
     done: Sequence[Combined],
     full: CombinedFull,
     options: CombineOptions,
+    more: Mapping[str, Any],
 ) -> tuple[CombineReport, Draft]:
     """Returns the report, and the draft of everything."""
     modules = [item.module for item in done if item.module is not None]
-    kept = [(j.path, item.reason) for j, item in zip(joints, done, strict=True) if item.module is None]
+    kept = [(j.path, item.reason) for j, item in zip(joints, done, strict=False) if item.module is None]
     parts, base_modules = _completed(inputs, tensors, modules, full)
     given = sorted(inputs, key=lambda item: item.place)
     side, side_notes = common_side(given)
     config, config_notes = common_config(
-        given, [module.path for module in modules], complete=not kept, tokens=full.tokens
+        given,
+        [module.path for module in modules if not is_stacked(module)],
+        complete=not kept,
+        tokens=full.tokens,
     )
+    config.update(more)
     described = Adapter(
         dialect="peft",
         method="lora",

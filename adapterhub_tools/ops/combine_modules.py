@@ -82,7 +82,11 @@ def paths_of(inputs: Sequence[CombineInput]) -> list[str]:
 
 
 def join_modules(
-    inputs: Sequence[CombineInput], weights: Mapping[str, tuple[float, ...]], *, allow_disjoint: bool
+    inputs: Sequence[CombineInput],
+    weights: Mapping[str, tuple[float, ...]],
+    *,
+    allow_disjoint: bool,
+    stacked: Mapping[str, Sequence[int]],
 ) -> tuple[Joint, ...]:
     """Joins the modules of all adapters by path.
 
@@ -90,32 +94,35 @@ def join_modules(
         inputs: the adapters.
         weights: module path -> one number for each input.
         allow_disjoint: whether an adapter may share no module with any other.
+        stacked: stacks of experts, which are joined elsewhere -> the adapters that have them.
 
     Raises:
-        UnsupportedError: stacked experts, or convolutions in groups.
+        UnsupportedError: convolutions in groups.
         MismatchError: shapes or kinds that differ, or an adapter that shares no module with any other.
     """
     members: dict[str, list[Member]] = {}
     for index, item in enumerate(inputs):
         for member in _members(index, item):
             members.setdefault(member.module.path, []).append(member)
-    if not members:
+    if not members and not stacked:
         raise MismatchError.of(
             "no-products",
             "none of the adapters changes a matrix.",
             remedy="Tensors carried in full alone are no deltas: average the models themselves.",
         )
     if not allow_disjoint:
-        _refuse_disjoint(inputs, members)
+        owners = {path: [member.index for member in found] for path, found in members.items()}
+        _refuse_disjoint(inputs, {**owners, **stacked})
     return tuple(_joint(path, found, inputs, weights[path]) for path, found in sorted(members.items()))
 
 
 def _members(index: int, item: CombineInput) -> list[Member]:
-    _refuse_stacked(item)
+    _refuse_grouped(item)
     if item.effects is None:
         return [
             Member(index=index, module=module, target=None, plain=True)
             for module in item.opened.adapter.modules
+            if module.kind != "expert"
         ]
     found = []
     for target in item.effects.targets:
@@ -129,12 +136,13 @@ def _members(index: int, item: CombineInput) -> list[Member]:
     return found
 
 
-def _refuse_stacked(item: CombineInput) -> None:
+def _refuse_grouped(item: CombineInput) -> None:
     """Refuses what no plain LoRA module can hold."""
     if not item.plain:
         return
-    stacked = [module for module in item.opened.adapter.modules if not is_product(module)]
-    if not stacked:
+    modules = [module for module in item.opened.adapter.modules if module.kind != "expert"]
+    grouped = [module for module in modules if not is_product(module)]
+    if not grouped:
         return
     raise UnsupportedError(
         *(
@@ -142,20 +150,20 @@ def _refuse_stacked(item: CombineInput) -> None:
                 kind="stacked",
                 file=item.label,
                 loc=module.path,
-                message="stacked experts, and convolutions in groups, have factors that are no matrices.",
-                remedy="Merge the adapters into a base, one after the other, with --scale." if i == 0 else "",
+                message="a convolution in groups has factors that are no matrices, and PEFT merges none.",
+                remedy="Load the adapters side by side in PEFT, each by its own name." if i == 0 else "",
             )
-            for i, module in enumerate(stacked[:_SHOWN])
+            for i, module in enumerate(grouped[:_SHOWN])
         )
     )
 
 
-def _refuse_disjoint(inputs: Sequence[CombineInput], members: Mapping[str, list[Member]]) -> None:
-    shared = {member.index for found in members.values() if len(found) > 1 for member in found}
+def _refuse_disjoint(inputs: Sequence[CombineInput], owners: Mapping[str, Sequence[int]]) -> None:
+    shared = {index for found in owners.values() if len(found) > 1 for index in found}
     for index, item in enumerate(inputs):
         if index not in shared:
-            own = sorted(path for path, found in members.items() if found[0].index == index)
-            others = sorted(path for path, found in members.items() if found[0].index != index)
+            own = sorted(path for path, found in owners.items() if found[0] == index)
+            others = sorted(path for path, found in owners.items() if found[0] != index)
             raise MismatchError.of(
                 "no-common-targets",
                 f"it shares no target module with any other adapter: it changes {_first(own)}; the others "

@@ -64,8 +64,9 @@ def spectrum(work: Work, joint: Joint) -> list[float]:
 def _side_by_side(work: Work, joint: Joint, terms: Sequence[ScaledProduct]) -> Combined:
     rank = sum(term.rank for term in terms)
     scale = common_scale(terms, lambda s: alpha_for(s, rank, RULES[0]) is not None)
-    lefts = [_stored(work, joint, term.left, ratio(term.scale, scale), "B") for term in terms]
-    rights = [_stored(work, joint, term.right, ONE, "A") for term in terms]
+    label = f"{joint.path}.B"
+    lefts = [stored_factor(work.dtype, term.left, ratio(term.scale, scale), label) for term in terms]
+    rights = [stored_factor(work.dtype, term.right, ONE, f"{joint.path}.A") for term in terms]
     left = torch.cat([stored for stored, _ in lefts], dim=1)
     right = torch.cat([stored for stored, _ in rights], dim=0)
     size = float(scale)
@@ -153,11 +154,16 @@ def _finished(
     return Combined(module=module, report=report, notes=notes)
 
 
-def _stored(
-    work: Work, joint: Joint, values: Tensor, factor: Surd, role: str
-) -> tuple[Tensor, Tensor | None]:
-    """Returns values times a factor in the dtype of the output, and in float64 where that is not exact."""
-    dtype = torch_dtype(work.dtype)
+def stored_factor(name: str, values: Tensor, factor: Surd, label: str) -> tuple[Tensor, Tensor | None]:
+    """Returns values times a factor in a dtype, and in float64 where that is not exact.
+
+    Args:
+        name: the dtype, as in safetensors.
+        values: any float.
+        factor: what they are multiplied by.
+        label: what to call them, for messages.
+    """
+    dtype = torch_dtype(name)
     number = float(factor)
     if is_shift(factor):
         found = values.to(dtype) if number == 1.0 else values.to(dtype) * number
@@ -165,7 +171,7 @@ def _stored(
         if (wide and number == 1.0) or torch.equal(found.double(), values.double() * number):
             return found, None
     exact = values.double() * number
-    return cast(exact, work.dtype, name=f"{joint.path}.{role}"), exact
+    return cast(exact, name, name=label), exact
 
 
 def _joined(terms: Sequence[ScaledProduct]) -> tuple[Tensor, Tensor]:

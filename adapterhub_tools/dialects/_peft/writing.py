@@ -186,16 +186,27 @@ def _write_scales(config: dict[str, Any], adapter: Adapter, before: Mapping[str,
     known = Settings(before, stacked, "") if stacked else None
     ranks: dict[str, Any] = {}
     alphas: dict[str, Any] = {}
+    first: str | None = None
     for module in adapter.modules:
         expert = known is not None and module.kind == "expert"
-        ranks[module.path] = known.ranks[module.path] if expert and known else module.hparams["rank"]
-        alphas[module.path] = _bare(module.hparams["alpha"])
+        rank = known.ranks[module.path] if expert and known else module.hparams["rank"]
+        for name in _looked_up(module, before) if expert else (module.path,):
+            first = name if expert and first is None else first
+            ranks[name] = rank
+            alphas[name] = _bare(module.hparams["alpha"])
     if not ranks:
         config.setdefault("r", 1)
         config.setdefault("lora_alpha", 1)
         return
-    config["r"], config["rank_pattern"] = patterns(ranks)
-    config["lora_alpha"], config["alpha_pattern"] = patterns(alphas)
+    # A reader finds the values of stacked experts by their module, so they are best the default.
+    config["r"], config["rank_pattern"] = patterns(ranks, None if first is None else ranks[first])
+    config["lora_alpha"], config["alpha_pattern"] = patterns(alphas, None if first is None else alphas[first])
+
+
+def _looked_up(module: TargetModule, before: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what PEFT looks up for stacked experts: the path of each parameter (``_inject_parameters``)."""
+    leaves = sorted({name.rpartition(".")[2] for name in before.get("target_parameters") or ()})
+    return tuple(f"{module.path}.{leaf}" for leaf in leaves) or (module.path,)
 
 
 def _bare(alpha: float) -> float:
@@ -203,8 +214,8 @@ def _bare(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the most frequent value, and PEFT patterns for the paths that have another.
+def patterns(values: Mapping[str, Any], default: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Returns a default, the most frequent value if none is given, and PEFT patterns for paths with another.
 
     A key is the last part of a path, or the whole path, whichever first all modules that it matches agree on;
     where the path of one module is the end of another's, it is anchored. Ties between values go to the first
@@ -212,8 +223,10 @@ def patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     Args:
         values: module path -> value, at least one.
+        default: the default.
     """
-    default = Counter(values.values()).most_common(1)[0][0]
+    if default is None:
+        default = Counter(values.values()).most_common(1)[0][0]
     agreed: dict[str, Any] = {}
     split: set[str] = set()
     for path, value in values.items():
