@@ -140,5 +140,5 @@ def _finish(
 
 def _reason(kind: str) -> str:
     if kind == "expert":
-        return "stacked experts keep their factors: the file does not say in which order they lie"
+        return "stacked experts keep their factors: their ranks are not lowered"
     return "a convolution in groups keeps its factors"
