@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
+from adapterhub_tools.errors import Problem, escape
 from adapterhub_tools.model.adapter import WHOLE_MODEL, Adapter, TargetModule
 from adapterhub_tools.model.base import BaseRef
 from adapterhub_tools.model.tensor import TensorSpec
 
-__all__ = ["detect", "examine", "read", "targeted"]
+__all__ = ["detect", "examine", "targeted"]
 
 WEIGHTS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -89,23 +89,6 @@ def detect(header: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -
     if config is not None:
         return "config" in config and isinstance(config.get("model_class"), str) and "peft_type" not in config
     return bool(header) and all(_container(name.split(".")) is not None for name in header)
-
-
-def read(
-    header: Mapping[str, TensorSpec],
-    config: Mapping[str, Any] | None,
-    *,
-    file: str = WEIGHTS_FILE,
-    config_file: str = CONFIG_FILE,
-) -> Adapter:
-    """Returns the adapter that the files describe.
-
-    Raises:
-        FormatError: there is a problem of severity "error"; it holds all of them.
-    """
-    adapter, problems = examine(header, config, file=file, config_file=config_file)
-    raise_for(problems, FormatError)
-    return adapter
 
 
 def examine(

@@ -21,7 +21,7 @@ from adapterhub_tools.dialects._peft.settings import DEFAULT_ALPHA, DEFAULT_RANK
 from adapterhub_tools.dialects._peft.targets import TargetRule
 from adapterhub_tools.dialects._peft.writing import Written
 from adapterhub_tools.dialects._peft.writing import write as _write
-from adapterhub_tools.errors import FormatError, Problem, escape, raise_for
+from adapterhub_tools.errors import Problem, escape
 from adapterhub_tools.model.adapter import Adapter, FullTensor, TargetModule
 from adapterhub_tools.model.declared import Declared
 from adapterhub_tools.model.tensor import TensorSpec
@@ -34,7 +34,6 @@ __all__ = [
     "examine",
     "match_keys",
     "match_starts",
-    "read",
     "targeted",
     "write",
 ]
@@ -53,23 +52,6 @@ def detect(header: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -
     if config is not None:
         return isinstance(config.get("peft_type"), str)
     return any(PREFIX in name for name in header)
-
-
-def read(
-    header: Mapping[str, TensorSpec],
-    config: Mapping[str, Any] | None,
-    *,
-    file: str = WEIGHTS_FILE,
-    config_file: str = CONFIG_FILE,
-) -> Adapter:
-    """Returns the adapter that the files describe.
-
-    Raises:
-        FormatError: there is a problem of severity "error"; it holds all of them.
-    """
-    adapter, problems = examine(header, config, file=file, config_file=config_file)
-    raise_for(problems, FormatError)
-    return adapter
 
 
 def examine(

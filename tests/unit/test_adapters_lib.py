@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import adapterhub_tools as at
 from adapterhub_tools.dialects import adapters_lib, peft
-from adapterhub_tools.errors import FormatError, UnsupportedError
+from adapterhub_tools.errors import UnsupportedError
 from adapterhub_tools.model.tensor import TensorSpec
 
 BOTTLENECK = {
@@ -50,12 +50,19 @@ def write(folder, config=BOTTLENECK, keys=KEYS, file="adapter.safetensors"):
     return folder
 
 
+def described(keys, config):
+    """The adapter that the files describe, nothing being wrong with them."""
+    adapter, problems = adapters_lib.examine(header(keys), config)
+    assert [problem for problem in problems if problem.severity == "error"] == []
+    return adapter
+
+
 def with_architecture(name, **fields):
     return {**BOTTLENECK, "config": {"architecture": name, **fields}}
 
 
 def test_a_bottleneck_adapter_is_described():
-    adapter = adapters_lib.read(header(KEYS), BOTTLENECK)
+    adapter = described(KEYS, BOTTLENECK)
     assert (adapter.dialect, adapter.method) == ("adapters_lib", "bottleneck")
     assert adapter.hparams["reduction_factor"] == 16
     assert adapter.hparams["scale"] == 1.0
@@ -78,7 +85,7 @@ def test_a_bottleneck_adapter_is_described():
     ],
 )
 def test_other_architectures(architecture, keys, kind):
-    adapter = adapters_lib.read(header(keys), with_architecture(architecture, r=8, alpha=16))
+    adapter = described(keys, with_architecture(architecture, r=8, alpha=16))
     assert adapter.method == architecture
     assert adapter.hparams["rank"] == 8
     ((found, message, remedy),) = adapter.blockers
@@ -88,7 +95,7 @@ def test_other_architectures(architecture, keys, kind):
 
 
 def test_a_preset_by_name():
-    adapter = adapters_lib.read(header(KEYS), {**BOTTLENECK, "config": "pfeiffer"})
+    adapter = described(KEYS, {**BOTTLENECK, "config": "pfeiffer"})
     assert adapter.hparams == {"preset": "pfeiffer"}
 
 
@@ -141,8 +148,7 @@ def test_no_tensors_of_an_adapter():
     adapter, problems = adapters_lib.examine(header({"heads.md.1.weight": (2, 32)}), BOTTLENECK)
     assert not adapter.modules
     assert {problem.kind for problem in problems} == {"unknown-key", "empty"}
-    with pytest.raises(FormatError):
-        adapters_lib.read(header({}), BOTTLENECK)
+    assert "empty" in {problem.kind for problem in adapters_lib.examine(header({}), BOTTLENECK)[1]}
 
 
 def test_recorded_validated_and_refused(tmp_path):

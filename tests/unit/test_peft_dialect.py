@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 
 from adapterhub_tools.dialects import peft
-from adapterhub_tools.errors import FormatError
-from tests.unit.peft_headers import CONFIG, PAIR, P, Q, examine, header, kinds
+from tests.unit.peft_headers import PAIR, P, Q, examine, header, kinds
 
 
 def renamed(function):
     return {function(name): shape for name, shape in PAIR.items()}
 
 
-def test_read_returns_the_adapter_or_raises_everything():
-    assert peft.read(header(PAIR), CONFIG).modules[0].path == Q
-    with pytest.raises(FormatError) as caught:
-        peft.read(header(PAIR), {**CONFIG, "r": 2, "lora_alpha": 0})
-    assert {p.kind for p in caught.value.problems} == {"rank", "scale"}
+def test_a_sound_file_is_described_and_every_problem_of_another_collected():
+    adapter, problems = examine()
+    assert adapter.modules[0].path == Q
+    assert kinds(problems) == []
+    assert kinds(examine(r=2, lora_alpha=0)[1]) == ["rank", "scale"]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def module(
 
 def read_back(adapter: Adapter, base_modules: list[str] | None = None) -> Adapter:
     written = peft.write(adapter, base_modules=base_modules)
-    return peft.read({s.name: s for s in written.tensors.values()}, written.config)
+    found, problems = peft.examine({s.name: s for s in written.tensors.values()}, written.config)
+    assert [problem for problem in problems if problem.severity == "error"] == []
+    return found
 
 
 def test_what_is_written_is_read_back() -> None:
