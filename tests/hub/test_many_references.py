@@ -111,9 +111,9 @@ def test_a_server_that_answers_again_is_asked_with_patience_again(
 ) -> None:
     repo = hub_server.repo_name("there")
     hub_server.seed(repo, {path.name: path.read_bytes() for path in good.iterdir()})
-    hub_server.arm("header_stall", path="lost", times=-1, seconds=2)
+    hub_server.arm("header_stall", path="lost", times=-1, seconds=3)
     hub_server.arm("rst", path=rf"{repo}/resolve/", skip=1, times=1)
-    patience = {"ADAPTERTOOL_TRIES": "2", "ADAPTERTOOL_RETRY_WAIT": "0.02", "ADAPTERTOOL_TIMEOUT": "0.3"}
+    patience = {"ADAPTERTOOL_TRIES": "2", "ADAPTERTOOL_RETRY_WAIT": "0.02", "ADAPTERTOOL_TIMEOUT": "0.8"}
     ran = client.run("scan", "hf://alice/lost", f"hf://{repo}", "--json", **patience)
     assert [item["exit_code"] for item in entries(ran)] == [9, 0]
     assert "stalled" in ran.out
