@@ -42,7 +42,7 @@ def merge(
 
     For LoRA W' = round(W + Σ scaleᵢ·sᵢ·Bᵢ·Aᵢ), once, to nearest and ties to even, with sᵢ = alpha/rank or
     alpha/√rank; docs/methods.md has the formula and the source of every method, docs/numerics.md how it is
-    rounded. The bytes do not depend on the machine, the device or the number of threads.
+    rounded. For exact methods the bytes depend on no machine, device or number of threads.
 
     Memory: a few hundred megabytes however large the base is; ``dry_run`` tells the buffers.
 
