@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from adapterhub_tools.errors import escape
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter
 from adapterhub_tools.store.files import resolve_inside
 
 _ID = re.compile(r"(?i)(?:^|[-_./])(?:bnb[-_]?)?(?:4bit|8bit|int4|int8|nf4|fp4|gptq|awq|qlora)(?:$|[-_./])")
-_CARD = re.compile(r"(?m)^- ((?:load_in_[48]bit): True|bnb_4bit_[a-z_]+: \S+)$")
+_CARD = re.compile(r"(?m)^- ((?:load_in_[48]bit): True|bnb_4bit_[a-z_]+: \S+|llm_int8_skip_modules: \[.+\])$")
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _MAX_CARD = 1 << 20
+_MAX_SKIPS = 16
 
 
 def signs(opened: OpenedAdapter) -> list[str]:
@@ -33,11 +36,30 @@ def hint(opened: OpenedAdapter) -> str | None:
     found = signs(opened)
     if not found:
         return None
+    flags = _flags(_card_lines(opened))
+    how = "--quant and --compute-dtype say it" if flags is None else f"by its README {flags} would say it"
     return (
         f"{opened.files.root.name} may have been trained on a quantised base ({'; '.join(found)}), but "
-        "nothing declares how: merged onto the base as it is stored (--quant and --compute-dtype say it, "
-        "--onto original says that it was not)"
+        f"nothing declares how: merged onto the base as it is stored ({how}, --onto original says that it "
+        "was not)"
     )
+
+
+def _flags(lines: list[str]) -> str | None:
+    """Returns the flags that say what a card says of a quantised base; None if it does not say enough.
+
+    PEFT 0.4 to 0.6 wrote every field of ``BitsAndBytesConfig``.
+    """
+    said = dict(line.split(": ", 1) for line in lines)
+    kind = said.get("bnb_4bit_quant_type")
+    compute = _SHORT.get(said.get("bnb_4bit_compute_dtype", ""))
+    skips = re.findall(r"'([^']+)'", said.get("llm_int8_skip_modules", ""))
+    known = "load_in_4bit" in said and kind in ("nf4", "fp4") and compute is not None
+    if not known or len(skips) > _MAX_SKIPS:
+        return None
+    double = ",double" if said.get("bnb_4bit_use_double_quant") == "True" else ""
+    more = "".join(f" --skip-modules {escape(shlex.quote(name))}" for name in skips)
+    return f"--quant {kind}{double} --compute-dtype {compute}{more}"
 
 
 def _card_lines(opened: OpenedAdapter) -> list[str]:

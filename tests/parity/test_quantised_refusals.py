@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import adapterhub_tools as at
 from adapterhub_tools.cli.main import cli
 from tests.parity.oracle import refused
-from tests.parity.quantised_bases import NF4_DOUBLE, adapted, load, save_plain
+from tests.parity.quantised_bases import NF4_DOUBLE, Quantised, adapted, load, save_plain
 
 SCHEME = {"scheme": "bitsandbytes-nf4", "double": True, "compute_dtype": "BF16"}
 NF4 = {"quant": "nf4,double", "compute_dtype": "bf16"}
@@ -213,6 +213,29 @@ def test_an_undeclared_quantised_base_is_told_and_not_assumed(
     )
     said = at.merge(scene / "plain", adapter, tmp_path / "said", onto="original")
     assert not any("may have been trained" in note for note in said.notes)
+
+
+@pytest.mark.parametrize("skip", [None, ["lm_head", "model.layers.0"]])
+def test_the_flags_that_a_card_gives_are_told_and_say_what_the_loader_did(
+    scene: Path, tmp_path: Path, skip: list[str] | None
+) -> None:
+    """Older releases of PEFT wrote the loader's config into the card, line by line."""
+    how = Quantised(words="nf4,double", config={**NF4_DOUBLE.config, "llm_int8_skip_modules": skip})
+    model = load(scene / "plain", how, torch.bfloat16)
+    model.save_pretrained(tmp_path / "stored")
+    adapted(model, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "adapter")
+    fields = how.loader(torch.bfloat16).to_dict()
+    card = "\n".join(f"- {name}: {value}" for name, value in fields.items())
+    (tmp_path / "adapter" / "README.md").write_text(f"## Training procedure\n\n{card}\n")
+    report = at.merge(scene / "plain", tmp_path / "adapter", tmp_path / "out")
+    (note,) = [note for note in report.notes if "would say it" in note]
+    flags = note.partition("by its README ")[2].partition(" would say it")[0].split(" ")
+    assert flags[:4] == ["--quant", "nf4,double", "--compute-dtype", "bf16"]
+    paths = [str(scene / "plain"), str(tmp_path / "adapter"), str(tmp_path / "said")]
+    ran = CliRunner().invoke(cli, ["merge", *paths, *flags, "--json"])
+    assert ran.exit_code == 0, ran.output
+    stored = at.merge(tmp_path / "stored", tmp_path / "adapter", tmp_path / "from-stored")
+    assert json.loads(ran.stdout)["digest"] == stored.digest
 
 
 @pytest.mark.parametrize(
