@@ -266,7 +266,11 @@ def test_something_else_than_an_object_is_refused(value: object) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-10, 2**54) | st.text(max_size=5) | st.floats(allow_nan=False),
+    st.none()
+    | st.booleans()
+    | st.integers(-10, 2**54)
+    | st.text(max_size=5)
+    | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
