@@ -179,11 +179,14 @@ def _suspects(
     """
     if dtype not in ("BF16", "F16") or base.dtype == torch.float64:
         return None
-    w, kind = base.to(device, torch.float32), merged.dtype
-    x = w
+    kind = merged.dtype
+    # A GPU may multiply float32 with fewer bits (TF32) if the process allows that; float64 it never does.
+    wide = torch.float32 if device == "cpu" else torch.float64
+    x = base.to(device, wide)
     for product in products:
-        left = (product.left[index] * product.scale).to(device, torch.float32)
-        x = torch.addmm(x, left, product.right.to(device, torch.float32))
+        left = (product.left[index] * product.scale).to(device, wide)
+        x = torch.addmm(x, left, product.right.to(device, wide))
+    x = x.to(torch.float32)
     inner = sum(int(product.left.shape[1]) for product in products)
     bound = (reach[index] * ((inner + 8 * (len(products) + 1)) * 2.0**-23)).to(device, torch.float32)
     error = x.abs().mul_(2.0**-21).add_(bound[:, None])

@@ -54,17 +54,25 @@ def is_scaled(step: Step) -> bool:
     return term.hparams.get("kind") in kinds.get(term.method, ())
 
 
-def scaled_differs(step: Step, merged: ByteRange, open_source: Opener) -> Difference | None:
+def scaled_differs(step: Step, merged: ByteRange, open_source: Opener, device: str) -> Difference | None:
     """Compares every row with the correctly rounded value; None if all are right.
+
+    Args:
+        step: one that ``is_scaled`` accepts.
+        merged: where the merged tensor is.
+        open_source: uri -> the open file.
+        device: where to compute.
 
     Raises:
         FormatError: a factor is not finite.
     """
     term, dtype = step.terms[0], merged.spec.dtype
-    check = _gain_check(term, open_source) if term.method == "ia3" else _dora_check(term, open_source)
+    made = _gain_check if term.method == "ia3" else _dora_check
+    check = made(term, open_source, device)
     columns = matrix_shape(step.output.shape)[1]
     count, index, steps = 0, -1, 0.0
-    for first, w, m in _blocks(step, merged, open_source):
+    for first, *stored in _blocks(step, merged, open_source):
+        w, m = (block.to(device, torch.float64) for block in stored)
         right, x = check(w, m, first, dtype)
         wrong = torch.nonzero(~right.reshape(-1)).reshape(-1)
         if not len(wrong):
@@ -93,18 +101,31 @@ def _blocks(step: Step, merged: ByteRange, open_source: Opener) -> Iterator[tupl
             raw = torch.empty(number * width, dtype=torch.uint8)
             if raw.numel():
                 open_source(item.uri).read_into(memory_of(raw), item.offset + first * width)
-            values.append(raw.view(dtype).view(number, columns).double())
+            values.append(raw.view(dtype).view(number, columns))
         yield first, values[0], values[1]
 
 
-def _gain_check(term: Term, open_source: Opener) -> Check:
+def line_gains(term: Term, open_source: Opener) -> tuple[Tensor, bool]:
+    """Returns the gains of (IA)³ as they lie on the stored matrix, and whether they are one for each column.
+
+    Returns:
+        float64, shape (1, columns) or (rows, 1).
+
+    Raises:
+        FormatError: one is not finite.
+    """
     item = term.factors["l"]
     gains = load_whole(open_source(item.uri), item).double()
     shape, kind = tuple(gains.shape), term.hparams["kind"]
     feedforward = term.hparams.get("feedforward")
     on_inputs = shape[0] == 1 and gains.numel() > 1 if feedforward is None else bool(feedforward)
     by_column = kind != "bias" and (on_inputs != (kind == "conv1d"))
-    gains = gains.reshape(1, -1) if by_column else gains.reshape(-1, 1)
+    return (gains.reshape(1, -1) if by_column else gains.reshape(-1, 1)), by_column
+
+
+def _gain_check(term: Term, open_source: Opener, device: str) -> Check:
+    gains, by_column = line_gains(term, open_source)
+    gains = gains.to(device)
 
     def check(w: Tensor, m: Tensor, first: int, dtype: str) -> tuple[Tensor, Tensor]:
         own = gains if by_column else gains[first : first + len(w)]
@@ -117,16 +138,16 @@ def _gain_check(term: Term, open_source: Opener) -> Check:
     return check
 
 
-def _dora_check(term: Term, open_source: Opener) -> Check:
+def _dora_check(term: Term, open_source: Opener, device: str) -> Check:
     product = product_of(term, open_source)
     item = term.factors["magnitude"]
-    magnitudes = load_whole(open_source(item.uri), item).double().reshape(-1)
-    reach = product.reach()
+    magnitudes = load_whole(open_source(item.uri), item).double().reshape(-1).to(device)
+    reach = product.reach().to(device)
     inner = int(product.left.shape[1])
 
     def check(w: Tensor, m: Tensor, first: int, dtype: str) -> tuple[Tensor, Tensor]:
         rows = slice(first, first + len(w))
-        a = w + product.rows(rows, "cpu")
+        a = w + product.rows(rows, device)
         norm = a.norm(dim=1, keepdim=True)
         ratio = magnitudes[rows, None] / norm
         x = a * ratio

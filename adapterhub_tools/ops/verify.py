@@ -281,7 +281,7 @@ class _Run:
             own = is_scaled(step)
             most = MOST_STEPS if merged.spec.dtype != "F32" else MOST_STEPS_F32
             difference = (
-                scaled_differs(step, merged, self._opened.open)
+                scaled_differs(step, merged, self._opened.open, self._device)
                 if own
                 else recomputed_differs(step, merged, self._opened.open, self._device)
             )
