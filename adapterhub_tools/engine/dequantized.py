@@ -47,6 +47,17 @@ class LoadedTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransposedTensor:
+    """A weight that is stored quantised as (out, in), and is (in, out) in a plain checkpoint (Conv1D).
+
+    Attributes:
+        tensor: as it is stored.
+    """
+
+    tensor: QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShownTensor:
     """A tensor of the view.
 
@@ -58,13 +69,14 @@ class ShownTensor:
 
     spec: TensorSpec
     offset: int
-    content: ByteRange | QuantizedTensor | LoadedTensor
+    content: ByteRange | QuantizedTensor | TransposedTensor | LoadedTensor
 
 
 class DequantizedFile:
     """An OpenSource of dequantised tensors; safe to use from several threads.
 
-    Memory: for each reading thread 4 bytes a block of the weight that it is at, and a few MiB.
+    Memory: for each reading thread 4 bytes a block of the weight that it is at, and a few MiB; of a Conv1D
+    that is stored quantised, all of it.
 
     Args:
         name: what to call it in a message.
@@ -159,6 +171,8 @@ class DequantizedFile:
             part = out[at : at + size]
             if isinstance(item.content, QuantizedTensor):
                 self._stored_rows(item.content, first + at, part)
+            elif isinstance(item.content, TransposedTensor):
+                part.copy_(self._turned(item.content.tensor, out.dtype)[first + at :][: part.shape[0]])
             elif isinstance(item.content, LoadedTensor):
                 self._loaded_rows(item.content, first + at, part)
 
@@ -170,6 +184,20 @@ class DequantizedFile:
         held = tensor.parts["data"]
         self._sources.open(held.uri).read_into(memory_of(data), held.offset + offset)
         codec.dequantize(tensor, data, scales, first, out.shape[0], out.dtype, out=out)
+
+    def _turned(self, tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        """Returns the transpose of a whole weight, which is kept while a thread reads it."""
+
+        def whole() -> Tensor:
+            rows, columns = tensor.spec.shape
+            out = torch.empty(rows, columns, dtype=dtype)
+            size = max(1, _BLOCK_ELEMENTS // max(1, columns))
+            for first in range(0, rows, size):
+                self._stored_rows(tensor, first, out[first : first + size])
+            return out.t()
+
+        turned: Tensor = self._once(f"{tensor.spec.name}, transposed", whole)
+        return turned
 
     def _small_parts(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         parts = {}

@@ -15,7 +15,7 @@ from adapterhub_tools.ops.dequantised_view import stored_view
 from adapterhub_tools.ops.fit import Fit, fit
 from adapterhub_tools.ops.hash import tensor_digests
 from adapterhub_tools.ops.name_rules import choose_rule
-from adapterhub_tools.ops.quantised_base import quantised_weights, refuse_conv1d, stored_scheme
+from adapterhub_tools.ops.quantised_base import quantised_weights, stored_scheme
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
 from adapterhub_tools.store.digest import DEFAULT, root_digest
 
@@ -52,7 +52,6 @@ class OpenBase:
         """
         on_disk = open_checkpoint(base)
         weights = quantised_weights(on_disk) if dequantised else {}
-        refuse_conv1d(on_disk, weights)
         scheme = stored_scheme(weights)
         self.notes: tuple[str, ...] = ()
         if scheme is not None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adapterhub_tools.architectures import lookup
 from adapterhub_tools.model.base import StoredTensor
 from adapterhub_tools.model.plan import ByteRange
 from adapterhub_tools.model.quant_scheme import QuantizedTensor, QuantScheme
@@ -17,16 +18,18 @@ from adapterhub_tools.model.tensor import TensorSpec
 from adapterhub_tools.store.checkpoint import Checkpoint, View
 
 if TYPE_CHECKING:
-    from adapterhub_tools.engine.dequantized import LoadedTensor
+    from adapterhub_tools.engine.dequantized import LoadedTensor, TransposedTensor
     from adapterhub_tools.model.protocols import OpenSource
 
-    Content = ByteRange | QuantizedTensor | LoadedTensor
+    Content = ByteRange | QuantizedTensor | TransposedTensor | LoadedTensor
 
 
 def stored_view(
     checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor], dtype: str | None = None
 ) -> Checkpoint:
     """Returns a checkpoint that is stored quantised as one of plain weights.
+
+    A quantised Conv1D is stored as (out, in), and shown as it is in a plain checkpoint.
 
     Args:
         checkpoint: on disk.
@@ -35,13 +38,19 @@ def stored_view(
     """
     if not weights:
         return checkpoint
+    from adapterhub_tools.engine.dequantized import TransposedTensor
+
+    architecture = lookup((checkpoint.config or {}).get("model_type"))
     parts = {name for weight in weights.values() for name in weight.part_names}
     contents: dict[str, list[tuple[TensorSpec, Content]]] = {file: [] for file in checkpoint.files}
     for name, stored in checkpoint.tensors.items():
         if name in weights:
             spec = weights[name].spec
-            shown = TensorSpec(name=name, dtype=dtype or spec.dtype, shape=spec.shape)
-            contents[stored.file].append((shown, weights[name]))
+            turned = architecture is not None and architecture.is_conv1d(name.removesuffix(".weight"))
+            shape = spec.shape[::-1] if turned else spec.shape
+            shown = TensorSpec(name=name, dtype=dtype or spec.dtype, shape=shape)
+            content = TransposedTensor(tensor=weights[name]) if turned else weights[name]
+            contents[stored.file].append((shown, content))
         elif name not in parts:
             contents[stored.file].append((stored.spec, checkpoint.range_of(name)))
     return _shown(checkpoint, contents, {name: weight.part_names for name, weight in weights.items()})

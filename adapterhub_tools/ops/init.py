@@ -22,7 +22,7 @@ from adapterhub_tools.ops.dequantised_view import stored_view
 from adapterhub_tools.ops.fit import fit
 from adapterhub_tools.ops.manifest_file import exists_error, manifest_path, record_files, write_manifest
 from adapterhub_tools.ops.manifest_record import place_of
-from adapterhub_tools.ops.quantised_base import quantised_weights, refuse_conv1d, stored_scheme
+from adapterhub_tools.ops.quantised_base import quantised_weights, stored_scheme
 from adapterhub_tools.ops.quantised_hints import signs
 from adapterhub_tools.ops.random_tensors import random_digest
 from adapterhub_tools.store.checkpoint import Checkpoint, open_checkpoint
@@ -159,7 +159,6 @@ def new_manifest(
     if base is not None:
         on_disk = open_checkpoint(base)
         weights = quantised_weights(on_disk)
-        refuse_conv1d(on_disk, weights)
         checkpoint = stored_view(on_disk, weights)
         fitted = fit(described, checkpoint)
         fitted.raise_for_problems()

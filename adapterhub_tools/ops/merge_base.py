@@ -143,8 +143,9 @@ def _stored(
         manifests = [item.manifest for item in opened if item.manifest is not None]
         found = [problem for item in manifests for problem in recorded_scheme_problems(item, weights)]
         raise_for(found, IntegrityError)
-    refuse_conv1d(checkpoint, weights)
     onto = options.onto or "dequantized"
+    if onto == "quantized":
+        refuse_conv1d(checkpoint, weights)
     notes = []
     compute = _compute_dtype(options, asked)
     declared = _declared(opened, needed=False)

@@ -137,7 +137,7 @@ def foreign_scheme(checkpoint: Checkpoint) -> Problem | None:
 
 
 def refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]) -> None:
-    """Refuses Conv1D modules: (in, out) in memory and in a plain checkpoint, but (out, in) quantised.
+    """Refuses to quantise Conv1D modules again: (in, out) in memory, (out, in) quantised.
 
     Raises:
         UnsupportedError: a weight is one.
@@ -147,10 +147,11 @@ def refuse_conv1d(checkpoint: Checkpoint, weights: Mapping[str, QuantizedTensor]
         if architecture is not None and architecture.is_conv1d(name.removesuffix(".weight")):
             raise UnsupportedError.of(
                 "quantised-conv1d",
-                "it is a Conv1D module, whose quantised weight is stored transposed.",
+                "it is a Conv1D module, whose quantised weight is stored transposed; to quantise it again is "
+                "not available.",
                 file=checkpoint.tensors[name].file,
                 loc=name,
-                remedy="Use the base in 16 bits; merge with --onto dequantized and --quant.",
+                remedy="Merge --onto dequantized, and load the result with a quantisation config.",
             )
 
 

@@ -27,7 +27,7 @@ from adapterhub_tools.ops.manifest_record import (
     record_problems,
     stale,
 )
-from adapterhub_tools.ops.quantised_base import quantised_weights, recorded_scheme_problems, refuse_conv1d
+from adapterhub_tools.ops.quantised_base import quantised_weights, recorded_scheme_problems
 from adapterhub_tools.ops.random_tensors import random_problems
 from adapterhub_tools.ops.validation_report import Collector, ValidationReport
 from adapterhub_tools.store.adapter_files import AdapterFiles, open_adapter_files
@@ -249,7 +249,6 @@ def _open_base(
     """
     checkpoint = open_checkpoint(base)
     weights = quantised_weights(checkpoint)
-    refuse_conv1d(checkpoint, weights)
     if manifest is not None and check_base != "off":
         found.add(IntegrityError, recorded_scheme_problems(manifest, weights))
     return stored_view(checkpoint, weights)

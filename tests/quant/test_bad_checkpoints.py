@@ -219,24 +219,6 @@ def test_validate_and_init_refuse(saved: dict[str, Path], lora: Path, tmp_path: 
     assert not (adapter / "adapter_manifest.json").exists()
 
 
-def test_a_quantised_conv1d_base_is_refused_by_name(
-    saved: dict[str, Path], lora: Path, tmp_path: Path
-) -> None:
-    def rename(tensors: Tensors) -> None:
-        for name in list(tensors):
-            if name.startswith("model.layers.0.self_attn.q_proj"):
-                tensors[name.replace("model.layers.0.self_attn.q_proj", "h.0.attn.c_attn")] = tensors.pop(
-                    name
-                )
-
-    folder = damaged(saved["nf4"], tmp_path / "base", rename)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}), encoding="utf-8")
-    with pytest.raises(UnsupportedError) as raised:
-        at.init(shutil.copytree(lora, tmp_path / "adapter"), base=folder)
-    assert [p.kind for p in raised.value.problems] == ["quantised-conv1d"]
-
-
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
 def test_another_library_is_named_instead_of_missing_modules(
     method: str, plain_base: Path, lora: Path, tmp_path: Path
