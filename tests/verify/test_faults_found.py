@@ -139,8 +139,9 @@ def test_a_changed_config(tmp_path: Path) -> None:
     ]
 
 
-def test_a_stale_and_a_truncated_shard(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", shards=3, hidden=HIDDEN)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_stale_and_a_truncated_shard(tmp_path: Path, dtype: str) -> None:
+    base = make_base(tmp_path / "base", dtype=dtype, shards=3, hidden=HIDDEN)
     adapter = make_adapter(tmp_path / "adapter", hidden=HIDDEN, delta=0.2)
     at.merge(base, adapter, tmp_path / "merged")
     shard = next(
@@ -178,8 +179,9 @@ def test_an_edited_receipt(tmp_path: Path, field: str) -> None:
     assert at.verify(merged=tmp_path / "merged", receipt=True).exit_code == 1
 
 
-def test_an_undo_file_of_another_merge(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", hidden=HIDDEN)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_undo_file_of_another_merge(tmp_path: Path, dtype: str) -> None:
+    base = make_base(tmp_path / "base", dtype=dtype, hidden=HIDDEN)
     for name, seed in (("adapter", 1), ("other", 2)):
         adapter = make_adapter(tmp_path / name, hidden=HIDDEN, seed=seed)
         at.merge(base, adapter, tmp_path / f"merged-{name}", undo=True)
