@@ -17,7 +17,7 @@ from adapterhub_tools.engine.buffers import (
     torch_dtype,
 )
 from adapterhub_tools.engine.formula import formula
-from adapterhub_tools.engine.undo_keep import StepRecorder, UndoJob, record_whole
+from adapterhub_tools.engine.undo_keep import StepRecorder, UndoJob, record_whole, wants_way_back
 from adapterhub_tools.errors import AdapterError, FormatError, LossyError
 from adapterhub_tools.linalg.delta_sum import DeltaSum
 from adapterhub_tools.linalg.formats import FORMATS
@@ -139,6 +139,7 @@ def _compute(
         to=FORMATS[step.output.dtype],
         device=around.device,
         keep_non_finite=step.action == "cast",
+        back=wants_way_back(step, undo),
     )
     patch = None if step.patch is None else _patch_rows(step, step.patch, around)
     recorder = None
@@ -166,7 +167,7 @@ def _compute(
                 if first <= row < first + count:
                     out[row - first] = patch[index]
         if recorder is not None:
-            recorder.add(start, out, first)
+            recorder.add(start, out, first, rounder.way_back)
         out_hasher.update(memory_of(out_bytes))
         if out_row:
             writer.write(memory_of(out_bytes), step.offset + first * out_row)

@@ -25,16 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from adapterhub_tools.errors import FormatError
+from adapterhub_tools.linalg.flagged import flagged
 
 if TYPE_CHECKING:
+    from adapterhub_tools.linalg.expression import IntArray
     from adapterhub_tools.linalg.formats import AnyArray
 
 EQUAL, SPARSE, RAW, XOR = range(4)
 HEAD = struct.Struct("<BIIII")
 _CONTINUE = 255
 _MORE = 0x80
-_BLOCK = 1 << 14
-"""Words compared at a time, so that they stay in a core's cache."""
 _LEVEL = 3
 _MIXED = 0.25
 """From this share of wrong predictions on, whole byte planes are tried too."""
@@ -84,16 +84,32 @@ def encode(true: AnyArray, predicted: AnyArray | None, rows: int) -> bytes:
     """
     if predicted is None:
         return _planes(RAW, true, rows)
-    wrong = _differing(true, predicted)
+    wrong = flagged(true != predicted)
+    return encode_wrong(true, wrong, true.take(wrong), predicted.take(wrong), rows)
+
+
+def encode_wrong(
+    true: AnyArray, wrong: IntArray, expected: AnyArray, predicted: AnyArray, rows: int
+) -> bytes:
+    """Returns the record of some rows whose prediction is wrong at some places.
+
+    Args:
+        true: their bits, as a flat unsigned array.
+        wrong: the places, ascending; everywhere else the prediction is right.
+        expected: the true bits at these places.
+        predicted: the bits predicted there.
+        rows: how many rows they are.
+    """
     if not len(wrong):
         return HEAD.pack(EQUAL, rows, 0, 0, 0)
-    best = None
+    found = []
     if len(wrong) <= len(true) // 2:
-        best = _sparse(wrong, true[wrong], predicted[wrong], rows)
-    if best is None or len(wrong) > _MIXED * len(true):
-        planes = (_planes(RAW, true, rows), _planes(XOR, true ^ predicted, rows))
-        best = min((*planes, *(() if best is None else (best,))), key=len)
-    return best
+        found.append(_sparse(wrong, expected, predicted, rows))
+    if len(wrong) > _MIXED * len(true):
+        difference = np.zeros_like(true)
+        difference[wrong] = expected ^ predicted
+        found += [_planes(RAW, true, rows), _planes(XOR, difference, rows)]
+    return min(found, key=len)
 
 
 def decode(head: RecordHead, payload: bytes, predicted: AnyArray) -> AnyArray:
@@ -169,7 +185,7 @@ def decompress(frame: bytes | memoryview, limit: int) -> bytes:
 def _sparse(wrong: AnyArray, true: AnyArray, predicted: AnyArray, rows: int) -> bytes:
     difference = order(true)
     difference -= order(predicted)
-    gaps = compress(_gap_bytes(np.diff(wrong, prepend=-1) - 1).data)
+    gaps = compress(_gap_bytes(_gaps(wrong)).data)
     signs = np.packbits(difference > 0, bitorder="little").tobytes()
     # The difference of two binary64 places may wrap around; so does adding it back.
     magnitudes = np.abs(difference, out=difference)
@@ -177,7 +193,7 @@ def _sparse(wrong: AnyArray, true: AnyArray, predicted: AnyArray, rows: int) -> 
     exceptions = b""
     if len(far):
         pairs = np.empty(2 * len(far), dtype=np.uint64)
-        pairs[::2] = (np.diff(far, prepend=-1) - 1).astype(np.uint64)
+        pairs[::2] = _gaps(far)
         pairs[1::2] = magnitudes[far].astype(np.int64).view(np.uint64) - np.uint64(2)
         exceptions = compress(_varints(pairs).data)
     return HEAD.pack(SPARSE, rows, len(wrong), len(gaps), len(exceptions)) + gaps + signs + exceptions
@@ -224,6 +240,14 @@ def _planes(coding: int, values: AnyArray, rows: int) -> bytes:
     return HEAD.pack(coding, rows, 0, len(frame), 0) + frame
 
 
+def _gaps(places: IntArray) -> IntArray:
+    """Returns how many places lie between neighbours, and before the first."""
+    gaps = places - 1
+    gaps[1:] -= places[:-1]
+    gaps[0] += 1
+    return gaps
+
+
 def _gap_bytes(gaps: AnyArray) -> Bytes:
     """Returns each gap as 255s and a last byte below 255."""
     large = np.flatnonzero(gaps >= _CONTINUE)
@@ -257,23 +281,6 @@ def _varints(values: npt.NDArray[np.uint64]) -> Bytes:
         more = (lengths[chosen] > step + 1).astype(np.uint64) << np.uint64(7)
         out[begins[long[chosen]] + step] = (low | more).astype(np.uint8)
     return out
-
-
-def _differing(first: AnyArray, second: AnyArray) -> npt.NDArray[np.int64]:
-    """Returns the places where two flat arrays differ; 64 bits are compared at a time, as few do."""
-    each = 8 // first.dtype.itemsize
-    whole = len(first) // each * each
-    wide = [values[:whole].view(np.uint64) for values in (first, second)]
-    found = []
-    for begin in range(0, len(wide[0]), _BLOCK):
-        part = [values[begin : begin + _BLOCK] for values in wide]
-        words = np.flatnonzero(part[0] != part[1])
-        inner = np.flatnonzero(part[0][words].view(first.dtype) != part[1][words].view(first.dtype))
-        places = (words + begin)[inner // each]
-        places *= each
-        places += inner % each
-        found.append(places)
-    return np.concatenate((*found, whole + np.flatnonzero(first[whole:] != second[whole:])))
 
 
 def _from_varints(data: bytes) -> npt.NDArray[np.uint64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from adapterhub_tools.linalg.double_double import Accumulator, in_safe_range, two_sum
 from adapterhub_tools.linalg.formats import AnyArray, F64Array, FloatFormat, round_double, to_odd_double
-from adapterhub_tools.linalg.low_rank import LowRankTerm
+from adapterhub_tools.linalg.low_rank import LowRankTerm, PointProduct
 from adapterhub_tools.linalg.scaled import SLACK
 from adapterhub_tools.linalg.single import SingleSum, single_sum
 from adapterhub_tools.linalg.surd import round_surd_sum
@@ -58,14 +59,38 @@ class DeltaSum:
         """The same sum in binary32 with its bounds, where every term is a product of two factors."""
         return single_sum(self.terms, self.bounds)
 
+    def negated(self) -> DeltaSum:
+        """Returns ``w − Σ delta`` for a sum of products; the scales are exact, so that the values are too."""
+        terms = [
+            replace(term, scale=replace(term.scale, coefficient=-term.scale.coefficient))
+            for term in self._product_terms
+        ]
+        negated = DeltaSum((), 0)
+        negated.terms, negated.bounds = tuple(terms), self.bounds
+        negated.unit, negated.inner = self.unit, self.inner
+        return negated
+
+    @cached_property
+    def _product_terms(self) -> list[LowRankTerm]:
+        terms = [term for term in self.terms if isinstance(term, LowRankTerm)]
+        if len(terms) != len(self.terms):
+            raise TypeError("only sums of products are evaluated at points and negated")
+        return terms
+
+    @cached_property
+    def _products(self) -> list[PointProduct]:
+        """The terms for evaluation at points."""
+        return [PointProduct.of(term) for term in self._product_terms]
+
     def double_at(self, rows: IntArray, columns: IntArray, start: F64Array) -> tuple[F64Array, F64Array]:
         """Returns sums of products at points in binary64, and how far the exact values may lie from them."""
         total = start.copy()
-        for term in self.terms:
-            if not isinstance(term, LowRankTerm):
-                raise TypeError("only sums of products are evaluated at points")
+        for term, product in zip(self.terms, self._products, strict=True):
             inside = self._inside(term, rows, columns)
-            total[inside] += term.double_at(rows[inside] - term.row, columns[inside] - term.column)
+            if len(inside) == len(rows):
+                total += product.at(rows - term.row, columns - term.column)
+            else:
+                total[inside] += product.at(rows[inside] - term.row, columns[inside] - term.column)
         return total, (np.abs(total) + 2 * self.bounds[rows]) * (self.unit * SLACK)
 
     def evaluate(self, block: Tensor, row: int) -> None:

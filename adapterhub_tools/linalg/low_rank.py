@@ -90,12 +90,6 @@ class LowRankTerm:
         else:
             part.addmm_(left.to(part.device), self.right.to(part.device))
 
-    def double_at(self, rows: IntArray, columns: IntArray) -> F64Array:
-        """Returns the product at points in binary64, within ``roundings`` of its bound; see DeltaTerm."""
-        left, right = self.left.numpy()[rows], self.right.numpy()[:, columns]
-        values: F64Array = np.einsum("pk,kp->p", left, right) * float(self.scale)
-        return values
-
     def at_points(self, rows: IntArray, columns: IntArray) -> tuple[Accumulator, npt.NDArray[np.bool_]]:
         """Returns the product at points, and where no over- or underflow can spoil it; see DeltaTerm."""
         if not is_safe_scale(self.scale):
@@ -111,6 +105,42 @@ class LowRankTerm:
         left, right = self.left[row].tolist(), self.right[:, column].tolist()
         product = sum((Fraction(a) * Fraction(b) for a, b in zip(left, right, strict=True)), Fraction(0))
         return [(product * self.scale.coefficient, self.scale.radicand)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointProduct:
+    """A product as it is evaluated at single points: what a point needs of each factor lies together.
+
+    Attributes:
+        left: L, shape (rows, k), float64.
+        right: the transpose of R, shape (columns, k), float64, contiguous.
+        scale: s, rounded.
+    """
+
+    left: F64Array
+    right: F64Array
+    scale: float
+
+    @classmethod
+    def of(cls, term: LowRankTerm) -> PointProduct:
+        """Copies the right factor of a term."""
+        return cls(
+            left=term.left.numpy(),
+            right=np.ascontiguousarray(term.right.numpy().T),
+            scale=float(term.scale),
+        )
+
+    def at(self, rows: IntArray, columns: IntArray) -> F64Array:
+        """Returns the product at points in binary64, within the term's ``roundings`` of its bound.
+
+        Args:
+            rows: the points' rows of L.
+            columns: their columns of R.
+        """
+        left, right = self.left.take(rows, axis=0), self.right.take(columns, axis=0)
+        values: F64Array = np.einsum("pk,pk->p", left, right)
+        values *= self.scale
+        return values
 
 
 def _row_lengths(matrix: Tensor) -> F64Array:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapterhub_tools.linalg.expression import Expression, IntArray
+    from adapterhub_tools.linalg.single_back import WayBack
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of one block: 2 MiB in float64, so that it stays in a core's cache between the passes."""
@@ -69,6 +70,7 @@ class BlockRounder:
         to: the format of the result.
         device: where blocks are evaluated.
         keep_non_finite: True where infinities and NaN of w are copied (a cast), False where they are errors.
+        back: True where ``way_back`` is wanted.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class BlockRounder:
         to: FloatFormat,
         device: str = "cpu",
         keep_non_finite: bool = False,
+        back: bool = False,
     ) -> None:
         """Allocates the buffers: about 2 + 1 + 1 + 0.25 MiB."""
         self._expression = expression
@@ -96,8 +99,15 @@ class BlockRounder:
         self._magnitudes: npt.NDArray[np.uint16] = np.empty(shape, dtype=np.uint16)
         self._flags: npt.NDArray[np.bool_] = np.empty(shape, dtype=np.bool_)
         self._small_flags: npt.NDArray[np.bool_] = np.empty(shape, dtype=np.bool_)
-        self._first = single_block(expression, self._rows, columns, start=start, to=to, device=device)
+        self._first = single_block(
+            expression, self._rows, columns, start=start, to=to, device=device, back=back
+        )
         self.resolved: int = 0
+
+    @property
+    def way_back(self) -> WayBack | None:
+        """The way back of the rows that were rounded last; None where binary32 did not serve."""
+        return None if self._first is None else self._first.way_back
 
     def round_rows(self, start: Tensor, out: Tensor, row: int) -> NonFinite | None:
         """Rounds some rows.
@@ -206,12 +216,13 @@ class BlockRounder:
 
     def _decide(self, index: IntArray, start: Tensor, out: Tensor, row: int, suspects: _Suspects) -> None:
         """Decides in binary64 what binary32 left open, and adds the rest to the suspects."""
-        if self._first is None or not len(index):
+        if self._first is None:
             return
         rows, columns = np.divmod(index, self._columns)
-        values = start.reshape(-1)[torch.from_numpy(index)].double().numpy()
-        bits, left = self._first.decide(rows + row, columns, values)
-        _bits(out, self._to).reshape(-1)[index] = bits.view(self._to.numpy_bits)
+        values = start.reshape(-1).index_select(0, torch.from_numpy(index)).double().numpy()
+        bits, left = self._first.points.decide(rows + row, columns, values)
+        _bits(out, self._to).reshape(-1)[index] = bits
+        self._first.find_way_back(start, out, row, index[left])
         if len(left):
             suspects.rows.append(rows[left])
             suspects.columns.append(columns[left])

@@ -71,6 +71,17 @@ class SingleSum:
                 part = block[first - row : last - row, term.column : term.column_end]
                 part.addmm_(left[first - term.row : last - term.row], right)
 
+    def product_error(self, row: int, count: int) -> float:
+        """Returns how far the deltas of some rows may lie from the exact ones, with four roundings of them.
+
+        Args:
+            row: the first row.
+            count: the number of rows.
+        """
+        rows = slice(row, row + count)
+        most = float(self.errors[rows].max()) + 4 * _UNIT * float(self.reach[rows].max())
+        return most * (1 + 2.0**-6) + 4 * _SMALLEST
+
     def interval(self, row: int, count: int, peak: float, to: FloatFormat) -> F64Array | None:
         """Returns for each row how far the exact w + delta may lie from the binary32 sum, or None.
 

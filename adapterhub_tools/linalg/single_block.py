@@ -15,7 +15,10 @@ import numpy.typing as npt
 import torch
 
 from adapterhub_tools.linalg.delta_sum import DeltaSum
-from adapterhub_tools.linalg.formats import AnyArray, F64Array, FloatFormat
+from adapterhub_tools.linalg.flagged import flagged
+from adapterhub_tools.linalg.formats import FloatFormat
+from adapterhub_tools.linalg.point_rounder import PointRounder
+from adapterhub_tools.linalg.single_back import BackPass, WayBack, bits16
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,19 +33,34 @@ _OPEN_SHARE = 1 / 64
 class SingleBlock:
     """Rounds blocks of one sum of products.
 
+    Attributes:
+        points: decides what is left open.
+        way_back: of the rows that were rounded last, where ``back`` is set and binary32 served.
+
     Args:
         expression: the sum.
         single: the same in binary32.
         rows: the most rows of a block.
         columns: the number of columns.
         to: the format of the result, of 16 bits.
+        back: True where the way back is wanted too; w is in the same format then.
     """
 
     def __init__(
-        self, expression: DeltaSum, single: SingleSum, rows: int, columns: int, to: FloatFormat
+        self,
+        expression: DeltaSum,
+        single: SingleSum,
+        rows: int,
+        columns: int,
+        to: FloatFormat,
+        *,
+        back: bool = False,
     ) -> None:
         """Allocates two buffers of a block in binary32."""
-        self._expression, self._single, self._to = expression, single, to
+        self.way_back: WayBack | None = None
+        self._back = BackPass(rows, columns, to) if back else None
+        self.points = PointRounder(expression, to)
+        self._single, self._to = single, to
         self._rows = rows
         self._dtype: torch.dtype = getattr(torch, to.torch_name)
         self._start = torch.empty((rows, columns), dtype=torch.float32)
@@ -64,11 +82,13 @@ class SingleBlock:
             where binary32 does not serve: too many open points, or values too large for it.
         """
         count = int(start.shape[0])
+        self.way_back = None
         if not self._worth or (errors := self._single.interval(row, count, _peak(start), self._to)) is None:
             return None
         if self._differ.shape[0] < count:
             self._differ = np.empty(start.shape, dtype=np.bool_)
         ends = torch.from_numpy(np.nextafter(errors.astype(np.float32), np.float32(np.inf)))[:, None]
+        back = self._back if self._back is not None and self._back.worth else None
         single, total, upper = self._start, self._sum, self._upper
         # Few and long calls: each gives the interpreter's lock back, and the threads meet at it.
         for first in range(0, count, self._rows):
@@ -81,41 +101,28 @@ class SingleBlock:
             total.add_(single)
             torch.sub(total, error, out=single)
             lower.copy_(single)
-            total.add_(error)
-            upper.copy_(total)
-            np.not_equal(_bits(lower), _bits(upper), out=self._differ[first:last])
-        index = _places(self._differ[:count].reshape(-1))
+            torch.add(total, error, out=single)
+            upper.copy_(single)
+            differ = self._differ[first:last]
+            np.not_equal(bits16(lower), bits16(upper), out=differ)
+            if back is not None:
+                back.block(start[first:last], total, lower, differ, first * start.shape[1])
+        index = flagged(self._differ[:count].reshape(-1))
         self._worth = len(index) <= start.numel() * _OPEN_SHARE
         return index
 
-    def decide(self, rows: IntArray, columns: IntArray, start: F64Array) -> tuple[AnyArray, IntArray]:
-        """Evaluates open points in binary64.
+    def find_way_back(self, start: Tensor, out: Tensor, row: int, ties: IntArray) -> None:
+        """Finds the way back of rows that were rounded, if it is wanted.
 
         Args:
-            rows: their rows.
-            columns: their columns.
-            start: w there.
-
-        Returns:
-            The bits of the results, and which of them are still open.
+            start: w.
+            out: the result, decided but for ``ties``.
+            row: the row of the matrix that the first row is.
+            ties: the places that are still open, counted along the rows.
         """
-        computed, errors = self._expression.double_at(rows, columns, start)
-        # Half a unit of binary32 more: the ends are rounded to it on the way. And never nothing, so that the
-        # ends around a zero differ in sign: which zero it is, only the exact evaluation knows.
-        errors = (errors + np.abs(computed) * 2.0**-23) * (1 + 2.0**-20) + 2.0**-148
-        ends = torch.from_numpy(np.stack([computed - errors, computed + errors]))
-        lower, upper = ends.float().to(getattr(torch, self._to.torch_name)).view(torch.int16).numpy()
-        return lower, np.flatnonzero(lower != upper)
-
-
-def _places(flags: npt.NDArray[np.bool_]) -> IntArray:
-    """Returns where flags are set: few of many, so eight are looked at together first."""
-    if len(flags) % 8:
-        return np.flatnonzero(flags)
-    eights = np.flatnonzero(flags.view(np.uint64))
-    within = np.flatnonzero(flags.reshape(-1, 8)[eights])
-    places: IntArray = eights[within >> 3] * 8 + (within & 7)
-    return places
+        if self._back is not None and self._back.worth:
+            error = self._single.product_error(row, int(start.shape[0]))
+            self.way_back = self._back.finish(start, out, error, ties)
 
 
 def _peak(start: Tensor) -> float:
@@ -125,19 +132,20 @@ def _peak(start: Tensor) -> float:
         return max(-float(low), float(high))
     # The bits of 16-bit floats grow with the magnitude; as signed numbers the positive ones are largest,
     # as unsigned ones the negative ones.
-    bits = _bits(start)
-    largest = max(int(bits.max()), int(bits.view(np.uint16).max()) & 0x7FFF)
+    bits = bits16(start)
+    largest = max(int(bits.view(np.int16).max()), int(bits.max()) & 0x7FFF)
     return float(torch.tensor([largest], dtype=torch.int16).view(start.dtype).float())
 
 
-def _bits(block: Tensor) -> AnyArray:
-    """Returns the bits of a block of 16-bit values, as a view of the same memory."""
-    view: AnyArray = block.view(torch.int16).numpy()
-    return view
-
-
 def single_block(
-    expression: Expression, rows: int, columns: int, *, start: FloatFormat, to: FloatFormat, device: str
+    expression: Expression,
+    rows: int,
+    columns: int,
+    *,
+    start: FloatFormat,
+    to: FloatFormat,
+    device: str,
+    back: bool = False,
 ) -> SingleBlock | None:
     """Returns what rounds blocks from binary32, or None where that cannot serve.
 
@@ -148,8 +156,13 @@ def single_block(
         start: the format of w.
         to: the format of the result.
         device: where blocks are evaluated.
+        back: True where the way back is wanted too; there is one where both formats are the same.
     """
     if not isinstance(expression, DeltaSum) or to.bits != 16 or start.name == "F64" or device != "cpu":
         return None
     single = expression.single
-    return None if single is None else SingleBlock(expression, single, rows, columns, to)
+    if single is None:
+        return None
+    back &= start.name == to.name
+    # Twice as large with the way back: it makes many short calls.
+    return SingleBlock(expression, single, 2 * rows if back else rows, columns, to, back=back)

@@ -7,9 +7,9 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -198,13 +198,19 @@ def _assemble(staged: StagedDirectory, spool: UndoSpool) -> ReceiptUndo:
     specs = [TensorSpec(name=name, dtype="U8", shape=(size,)) for name, size in sorted(spool.sizes().items())]
     header, _ = build_file(specs, {"format": f"adaptertool {UNDO_SCHEMA}"})
     digest = hashlib.sha256()
-    size = 0
+    size = len(header)
     descriptor = staged.create(UNDO_FILE)
+    pieces = (piece for spec in specs for piece in spool.chunks(spec.name))
     try:
-        for data in chain((header,), (piece for spec in specs for piece in spool.chunks(spec.name))):
-            digest.update(data)
-            write_all(descriptor, data)
-            size += len(data)
+        # Hashing takes as long as reading and writing.
+        with ThreadPoolExecutor(1) as hashing:
+            hashed = hashing.submit(digest.update, header)
+            write_all(descriptor, header)
+            for data in pieces:
+                size += len(data)
+                hashed.result()
+                hashed = hashing.submit(digest.update, data)
+                write_all(descriptor, data)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
