@@ -116,8 +116,10 @@ class DeltaSum:
         """
         delta, safe = self.delta_at(rows, columns)
         safe &= in_safe_range(start)
-        untouched = (delta.high == 0) & (delta.low == 0) & (delta.missing == 0)
         with np.errstate(all="ignore"):
+            # Terms that cancel leave a high and a low part that do.
+            delta.normalise()
+            untouched = (delta.high == 0) & (delta.low == 0) & (delta.missing == 0)
             delta.add(start)
         bits, undecided = round_sums(delta, to)
         undecided |= ~safe

@@ -161,6 +161,10 @@ def test_deltas_of_two_adapters_that_cancel_keep_the_base(name, alpha):
     one = ("F32", [1.0], [[1.0, 3.0]], alpha, 3, False)
     other = ("F32", [-1.0], [[1.0, 3.0]], alpha, 3, False)
     assert same(result(case(name, [-0.0, 1.0], [one, other])), [-0.0, 1.0])
+    # All bits of a factor and of the scale in use: the parts of the sum are zero only together.
+    full, alpha = 1 - 2.0**-24, 0.1 * alpha
+    one, other = (("F32", [sign], [[full, 3.0]], alpha, 1, False) for sign in (1.0, -1.0))
+    assert same(result(case(name, [-0.0, 1.0], [one, other])), [-0.0, 1.0])
 
 
 @pytest.mark.parametrize("name", ["BF16", "F16", "F32", "F64"])
