@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
@@ -16,6 +17,8 @@ TOKEN_ENDPOINT = "ADAPTERTOOL_TOKEN_ENDPOINT"
 
 Origin = tuple[str, str, int]
 _PORTS = {"http": 80, "https": 443}
+_LOGIN = re.compile(r"(?:^|(?<=://))(?:[^/@]*|[^/@]*:(?!\d*/)[^@]*)(?=@)")
+"""What stands before the host, also without a scheme; a password may hold a slash, a port may not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class Endpoint:
         """
         url = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         if "://" not in url:
-            message = f"{escape(url)!r} is not the URL of a server."
+            message = f"{escape(without_secrets(url))!r} is not the URL of a server."
             raise HubError.of("endpoint", message, loc="HF_ENDPOINT", remedy="Write https://hub.example.")
         plain = cls(url=url)
         plain.check_url(url)
@@ -98,14 +101,14 @@ class Endpoint:
         if parts.scheme not in _PORTS or not origin[1] or parts.username or parts.password:
             raise HubError.of(
                 "bad-answer",
-                f"{escape(without_query(url))!r} is not a URL that can be asked.",
+                f"{escape(without_secrets(url))!r} is not a URL that can be asked.",
                 remedy="Check HF_ENDPOINT; if that is right, the server is broken or hostile.",
             )
         here = is_loopback(origin[1])
         if parts.scheme == "http" and not (here and is_loopback(origin_of(self.url)[1])):
             raise HubError.of(
                 "insecure",
-                f"{escape(without_query(url))!r} is not encrypted, and is not this machine's own.",
+                f"{escape(without_secrets(url))!r} is not encrypted, and is not this machine's own.",
                 remedy="Use an https endpoint.",
             )
         return url
@@ -146,6 +149,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def without_query(url: str) -> str:
-    """Returns a URL as it may be shown: a query may hold a signature."""
-    return url.partition("?")[0]
+def without_secrets(url: str) -> str:
+    """Returns a URL as it may be shown: without a query, which may hold a signature, and without a login."""
+    return _LOGIN.sub("…", url.partition("?")[0])

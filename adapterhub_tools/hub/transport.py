@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from adapterhub_tools.errors import HubError, Problem, escape
 from adapterhub_tools.hub import library
-from adapterhub_tools.hub.endpoint import Endpoint, without_query
+from adapterhub_tools.hub.endpoint import Endpoint, without_secrets
 from adapterhub_tools.hub.patience import Deadline, Patience, TransientError, patiently
 
 MAX_JSON_BYTES = 64 << 20
@@ -286,14 +286,14 @@ class Transport:
     def _redirect(self, message: str, target: str) -> HubError:
         return HubError.of(
             "redirect",
-            f"{message}: {escape(without_query(target))}.",
+            f"{message}: {escape(without_secrets(target))}.",
             remedy="Check the reference and HF_ENDPOINT; the repository may have been renamed.",
         )
 
 
 def bad_answer(reason: str, url: str = "") -> HubError:
     """Returns the error for an answer that cannot be used: the server is broken or hostile."""
-    where = f" ({escape(without_query(url))})" if url else ""
+    where = f" ({escape(without_secrets(url))})" if url else ""
     return HubError.of(
         "bad-answer",
         f"the server cannot be trusted: {reason}{where}.",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adapterhub_tools.hub.endpoint import without_secrets
 from tests.hub.forked_client import ForkedClient
 from tests.hub.hub_process import HubServer, free_port
 from tests.hub.small_adapter import write_adapter
@@ -84,6 +85,28 @@ def test_an_endpoint_that_is_no_url(client: ForkedClient, tmp_path: Path) -> Non
     (problem,) = ran.json["problems"]
     assert (ran.code, problem["loc"]) == (9, "HF_ENDPOINT")
     assert "https://" in problem["remedy"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "me:{}@hub.example",
+        "https://me:{}@hub.example",
+        "https://me:a/{}@hub.example",
+        "https://{}@hub.example",
+    ],
+)
+def test_a_login_in_the_endpoint_is_not_shown(client: ForkedClient, tmp_path: Path, given: str) -> None:
+    endpoint = given.format(PASSWORD)
+    ran = client.run("pull", "hf://me/x", tmp_path / "out", "--json", HF_ENDPOINT=endpoint)
+    assert ran.code == 9
+    assert "hub.example" in ran.json["problems"][0]["message"]
+    assert PASSWORD not in ran.out + ran.err
+
+
+def test_what_is_shown_of_a_url_keeps_host_port_and_path() -> None:
+    for url in ("https://h:80/a@b", "https://h/a:b@c", "http://h:80", "h"):
+        assert without_secrets(f"{url}?signature=x") == url
 
 
 def test_who_has_no_token_is_told_how_to_get_one_and_who_has_one_why_it_was_kept_back(
