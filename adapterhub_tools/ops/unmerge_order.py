@@ -11,7 +11,8 @@ from adapterhub_tools.ops.adapter_digest import adapter_digest
 from adapterhub_tools.ops.adapter_reader import OpenedAdapter, read_adapter
 
 _OTHER_MERGE = (
-    "Give the adapters that the receipt names; `adaptertool hash` and `inspect` tell which they are."
+    "Give the adapters that the receipt names; `adaptertool init` writes a manifest, which has an adapter's "
+    "digest."
 )
 
 

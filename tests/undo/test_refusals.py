@@ -38,7 +38,10 @@ def test_another_adapter(merged: Path) -> None:
 
 
 def test_a_missing_adapter(merged: Path) -> None:
-    refused(merged, error=MismatchError, kind="missing-adapter")
+    error = refused(merged, error=MismatchError, kind="missing-adapter")
+    assert "adaptertool init" in error.problems[0].remedy
+    at.init(merged.parent / "adapter")
+    assert str(at.inspect(merged.parent / "adapter").to_json()["digest"]) in error.problems[0].message
 
 
 def test_an_adapter_with_another_scaling(merged: Path) -> None:
