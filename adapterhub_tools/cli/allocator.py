@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_TRIM_BYTES, _PAD_BYTES, _MMAP_BYTES = 256 << 20, 8 << 20, 32 << 20
+_TRIM_BYTES, _PAD_BYTES, _MMAP_BYTES = 32 << 20, 8 << 20, 32 << 20
 
 
 def keep_freed_memory() -> None:

@@ -147,10 +147,11 @@ def _restore_predicted(
     predict = _predictor(item, merged, open_source, device)
     reader = _Records(item, open_source)
     limit = max(1, CHUNK_BYTES // max(1, base_row))
+    held = torch.empty(min(limit, rows) * merged_row, dtype=torch.uint8)
     first = 0
     while first < rows:
         head, payload = reader.next(min(limit, rows - first))
-        raw = torch.empty(head.rows * merged_row, dtype=torch.uint8)
+        raw = held[: head.rows * merged_row]
         if merged_row:
             source.read_into(memory_of(raw), merged.offset + first * merged_row)
         check.update(memory_of(raw))
