@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 
 from adapterhub_tools.model.protocols import OpenSource
@@ -40,9 +41,10 @@ class Sources:
 
     def close(self) -> None:
         """Closes every file that was opened; a second call does nothing."""
-        for source in self._opened.values():
-            source.close()
-        self._opened.clear()
+        with ExitStack() as stack:
+            for source in self._opened.values():
+                stack.callback(source.close)
+            self._opened.clear()
 
     def __enter__(self) -> Sources:
         """Returns itself."""

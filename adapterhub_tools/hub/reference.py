@@ -18,7 +18,7 @@ HUB_SCHEME = "hf"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
+_USER_INFO = re.compile(r"(?<=://)(?:[^/@\s]*:|hf_)[^/@\s]*(?=@)")
 _REFS = re.compile(r"refs/(?:pr/[0-9]{1,9}|convert/[A-Za-z0-9._-]{1,60})")
 _REMEDY = "Write hf://owner/name, hf://owner/name@revision, or hf://owner/name@revision/folder."
 _PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:[/?#].*)?")

@@ -108,6 +108,14 @@ def _product(block: Tensor, left: Tensor, right: Tensor) -> None:
     torch.mm(left, right, out=block)
 
 
+def _full_products() -> bool:
+    """Says whether binary32 products are that: a program may allow torch fewer bits, on the CPU too."""
+    from torch import backends
+
+    chosen = getattr(backends.mkldnn, "matmul", None), backends.mkldnn, backends
+    return all(getattr(part, "fp32_precision", "none") in ("none", "ieee") for part in chosen)
+
+
 def single_sum(terms: Sequence[object], bounds: F64Array) -> SingleSum | None:
     """Returns the sum in binary32, or None where a term is no product or its values do not fit.
 
@@ -117,6 +125,8 @@ def single_sum(terms: Sequence[object], bounds: F64Array) -> SingleSum | None:
     """
     products = [term for term in terms if isinstance(term, LowRankTerm) and term.right.shape[1]]
     if not products or len(products) != len(terms) or not np.isfinite(bounds).all():
+        return None
+    if not _full_products():
         return None
     found = SingleSum(products, bounds)
     return found if found.usable else None

@@ -141,9 +141,10 @@ def _all_secrets(data: bytes) -> Iterator[tuple[str, int, str]]:
             yield kind, _line(plain, start), ", written with escapes"
     left = _MAX_DECODED_BYTES
     for run in _BASE64.finditer(data):
+        if len(run[0]) > left:
+            # A shorter one behind it is still decoded.
+            continue
         left -= len(run[0])
-        if left < 0:
-            return
         for kind, _ in _secrets(_decoded(data, run)):
             yield kind, _line(data, run.start()), ", in base64"
 

@@ -158,8 +158,9 @@ def test_convert_takes_a_remote_base_and_a_model_is_called_by_its_name(
     assert ran.json["problems"][0]["file"] == repo.partition("/")[2]
 
 
-def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path: Path) -> None:
-    address = f"https://me:{TOKEN}@huggingface.co/me/x"
+@pytest.mark.parametrize("login", [f"me:{TOKEN}", TOKEN])
+def test_the_address_of_a_page_and_a_login_in_it(client: ForkedClient, tmp_path: Path, login: str) -> None:
+    address = f"https://{login}@huggingface.co/me/x"
     for arguments in (("pull", address, tmp_path / "o"), ("inspect", address), ("list", address)):
         ran = client.run(*arguments, "--json")
         assert "hf://owner/name" in refused(ran, 3, "reference")

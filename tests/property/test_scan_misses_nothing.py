@@ -111,6 +111,20 @@ def test_open_points_decided_without_their_error_are_caught(monkeypatch):
     assert mistakes("BF16", "cancelling", first=True) > 0
 
 
+@pytest.mark.parametrize(("allowed", "served"), [("ieee", True), ("bf16", False), ("tf32", False)])
+def test_products_that_may_be_less_than_binary32_are_not_taken_for_it(allowed, served):
+    ones = torch.ones((2, 2), dtype=torch.float64)
+    one = surd.Surd(coefficient=Fraction(1))
+    term = low_rank.LowRankTerm(left=ones, right=ones, scale=one, exact_products=True)
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = allowed
+    try:
+        assert (delta_sum.DeltaSum([term], 2).single is not None) == served
+    finally:
+        products.fp32_precision = before
+
+
 def test_lost_signs_of_zero_are_caught():
     """−0 where nothing is added stays −0; where terms cancel the sum is +0: as exact arithmetic says."""
     start = torch.tensor([[-0.0, 0.0, 1.0, -0.0]], dtype=torch.bfloat16)

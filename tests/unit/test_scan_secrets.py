@@ -69,6 +69,12 @@ PLACEHOLDERS: list[bytes] = [
 ]
 
 
+def test_a_run_that_is_too_long_hides_none_behind_it(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "a")
+    (adapter / "notes.txt").write_text("A" * 5_000_000 + f"\n\n {in_base64(HUB_TOKEN)}\n")
+    assert ("secret", "notes.txt") in kinds(adapter)
+
+
 def kinds(folder: Path) -> set[tuple[str, str]]:
     return {(problem.kind, problem.file) for problem in at.scan(folder).problems}
 
