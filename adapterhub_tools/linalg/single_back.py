@@ -67,7 +67,7 @@ class BackPass:
 
     def __init__(self, rows: int, columns: int, to: FloatFormat) -> None:
         """Allocates the buffers of a block."""
-        self.worth = True
+        self.worth: bool = True
         self._to = to
         self._exponents, self._magnitudes = np.empty((2, rows, columns), dtype=to.numpy_bits)
         self._flags: npt.NDArray[np.bool_] = np.empty((rows, columns), dtype=np.bool_)
@@ -122,7 +122,7 @@ class BackPass:
         open_points = lower != upper
         open_points[np.searchsorted(places, ties)] = True
         undecided = np.flatnonzero(open_points)
-        self.worth = len(undecided) <= _OPEN_SHARE * start.numel()
+        self.worth = bool(len(undecided) <= _OPEN_SHARE * start.numel())
         if not self.worth:
             return None
         return WayBack(places=places, start=bits16(base), bits=lower, undecided=undecided)

@@ -59,7 +59,7 @@ class SingleBlock:
         """Allocates two buffers of a block in binary32."""
         self.way_back: WayBack | None = None
         self._back = BackPass(rows, columns, to) if back else None
-        self.points = PointRounder(expression, to)
+        self.points: PointRounder = PointRounder(expression, to)
         self._single, self._to = single, to
         self._rows = rows
         self._dtype: torch.dtype = getattr(torch, to.torch_name)
