@@ -115,7 +115,7 @@ class StepRecorder:
             back = line_inverse(step, open_source)
             self._scaled = ScaledPredictor(back, rows=rows, columns=columns, base=base, device=device)
 
-    def add(self, start: Tensor, out: Tensor, first: int, way_back: WayBack | None = None) -> None:
+    def add(self, start: Tensor, out: Tensor, first: int, way_back: WayBack | None) -> None:
         """Records some rows.
 
         Args:

@@ -11,6 +11,8 @@ from adapterhub_tools.quant._code_book import largest
 from adapterhub_tools.quant._parts import non_finite
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from adapterhub_tools.quant._code_book import CodeBook
@@ -53,26 +55,34 @@ def scaled_blocks(blocks: Tensor, scales: Tensor, *, short: bool = False) -> Ten
 
 def block_codes(book: CodeBook, blocks: Tensor, scales: Tensor, *, short: bool = False) -> Tensor:
     """Returns the code of each value, uint8 (n * size,); the arguments are those of ``scaled_blocks``."""
-    if short or blocks.dtype != torch.bfloat16 or book.by_bits is None:
-        return book.codes(scaled_blocks(blocks, scales, short=short))
-    places, beyond = book.by_bits.places(blocks, scales)
-    codes = torch.index_select(book.by_bits.codes, 0, places)
-    if bool(beyond.any()):
-        found = book.codes(scaled_blocks(blocks[beyond], scales[beyond]))
-        codes.view(blocks.shape)[beyond] = found.view(-1, blocks.shape[1])
-    return codes
+    table = None if book.by_bits is None else book.by_bits.codes
+    return _looked_up(book, table, book.codes, blocks, scales, short=short)
 
 
 def block_values(book: CodeBook, blocks: Tensor, scales: Tensor, *, short: bool = False) -> Tensor:
     """Returns the values of ``block_codes`` in units of their block's scale, float32 (n * size,)."""
-    if short or blocks.dtype != torch.bfloat16 or book.by_bits is None:
-        return book.nearest(scaled_blocks(blocks, scales, short=short))
+    table = None if book.by_bits is None else book.by_bits.values
+    return _looked_up(book, table, book.nearest, blocks, scales, short=short)
+
+
+def _looked_up(
+    book: CodeBook,
+    table: Tensor | None,
+    compute: Callable[[Tensor], Tensor],
+    blocks: Tensor,
+    scales: Tensor,
+    *,
+    short: bool,
+) -> Tensor:
+    """Returns an entry for each value: from the table of bits where that serves, else computed."""
+    if short or blocks.dtype != torch.bfloat16 or book.by_bits is None or table is None:
+        return compute(scaled_blocks(blocks, scales, short=short))
     places, beyond = book.by_bits.places(blocks, scales)
-    values = torch.index_select(book.by_bits.values, 0, places)
+    found = torch.index_select(table, 0, places)
     if bool(beyond.any()):
-        found = book.nearest(scaled_blocks(blocks[beyond], scales[beyond]))
-        values.view(blocks.shape)[beyond] = found.view(-1, blocks.shape[1])
-    return values
+        computed = compute(scaled_blocks(blocks[beyond], scales[beyond]))
+        found.view(blocks.shape)[beyond] = computed.view(-1, blocks.shape[1])
+    return found
 
 
 def piece_of(dtype: torch.dtype) -> int:

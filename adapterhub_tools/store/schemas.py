@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_tools.errors import Problem, StoreError, escape
-from adapterhub_tools.store.schema_match import Match, matcher
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = (_PACKAGE / "schema", _PACKAGE.parent / "schema")
@@ -37,11 +39,10 @@ def load_schema(name: str) -> dict[str, Any]:
 
 
 @cache
-def _matcher(name: str) -> Match | None:
-    try:
-        return matcher(load_schema(name))
-    except ValueError:  # a keyword that it does not know: jsonschema answers alone
-        return None
+def _validator(name: str) -> Validator:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(load_schema(name))
 
 
 def check(instance: Any, name: str, file: str) -> list[Problem]:
@@ -55,13 +56,8 @@ def check(instance: Any, name: str, file: str) -> list[Problem]:
     Returns:
         every violation, ordered by its place in the file.
     """
-    fits = _matcher(name)
-    if fits is not None and fits(instance):
-        return []
-    from jsonschema import Draft202012Validator
-
-    validator = Draft202012Validator(load_schema(name))
-    found = sorted(validator.iter_errors(instance), key=lambda error: [str(part) for part in error.path])
+    errors = _validator(name).iter_errors(instance)
+    found = sorted(errors, key=lambda error: [str(part) for part in error.path])
     return [
         Problem(
             kind="schema",

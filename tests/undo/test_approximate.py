@@ -52,15 +52,14 @@ def test_the_expected_error_is_the_true_one(tmp_path: Path, dtype: str, delta: f
     base = make_base(tmp_path / "base", dtype=dtype, hidden=256)
     adapter = make_adapter(tmp_path / "adapter", hidden=256, delta=delta, dtype=factors)
     at.merge(base, adapter, tmp_path / "merged")
-    options = {"adapter": adapter, "approximate": True}
-    report = at.unmerge(tmp_path / "merged", tmp_path / "near", **options)  # type: ignore[arg-type]
+    report = at.unmerge(tmp_path / "merged", tmp_path / "near", adapter=adapter, approximate=True)
     assert not report.exact
     # Beside float32 weights, deltas of narrow factors often lie halfway: then it matters that torch.randn
     # gives more odd float32 numbers than even ones, 3 to 2.
     halfway = dtype == "float32" and factors != "float32"
     wrong = check_account(base, tmp_path / "near", report, slack=0.2 if halfway else 0.05)
     assert not halfway or wrong > 1.1 * by_spacings_alone(tmp_path / "merged", tmp_path / "near")
-    planned = at.unmerge(tmp_path / "merged", None, dry_run=True, **options)  # type: ignore[arg-type]
+    planned = at.unmerge(tmp_path / "merged", None, dry_run=True, adapter=adapter, approximate=True)
     assert (planned.expected_wrong, planned.largest_error) == (report.expected_wrong, report.largest_error)
     assert f"about {report.expected_wrong:,} weights differ" in planned.summary
 
